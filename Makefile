@@ -1,0 +1,40 @@
+# make test | demo | lint | clean: each sets up .venv itself at the first call and reuses it afterwards.
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv; Python 3.11 or newer.
+
+MINIMUM := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
+	$(if $(filter yes,$(shell $(name) -c '$(MINIMUM)' 2>/dev/null && echo yes)),$(name))))
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := .venv/.ready
+
+# Neither the tests nor the demonstration may ask a model hub for anything.
+export HF_HUB_OFFLINE := 1
+
+.DELETE_ON_ERROR:
+.PHONY: test demo lint clean
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+demo: $(READY)
+	$(BIN)/python examples/mar/train.py --preset demo output_dir=runs/demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and pinned, so that no other package chooses it; spikingjelly last and alone, because its own
+# requirements would replace torch (docs/install.md). The stamp is written when everything is in place.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(MINIMUM)' 2>/dev/null || { echo "error: no Python 3.11 or newer with venv and pip was found \
+	(tried: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)); install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[hf,test]'
+	$(PIP) install -c constraints.txt --no-deps spikingjelly
+	@touch $@

@@ -1,0 +1,355 @@
+"""MAR from beginning to end: Llama -> Mamba-2 (stage 1) -> ternary spikes before every projection (stage 2).
+
+    python examples/mar/train.py --preset tiny teacher=PATH_OR_HUB_ID data=stories.txt output_dir=runs/stories
+
+Presets are in examples/mar/presets; any field may follow as field=value (--help lists them). Without teacher= and
+data= a small Llama is trained on the documentation that Python carries. The same command resumes an interrupted run.
+output_dir gets a checkpoint per stage (orientation, alignment, stage1, student), metrics.json and figures/.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+import spikelm
+from spikelm import plot
+from spikelm.data import bytes_per_token, load_contexts, load_teacher, python_documentation, train_teacher
+from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
+from spikelm.distill.trainer import train
+from spikelm.errors import SpikelmError
+from spikelm.evaluate import batches, evaluate, firing_statistics, generate_sample
+from spikelm.models.llamba import LlambaForCausalLM
+from spikelm.presets import config_from_command_line, to_dict
+from spikelm.run import RunDirectory, command_line, versions
+
+PRESETS = Path(__file__).parent / "presets"
+STAGES = ("orientation", "alignment", "stage1", "student")
+
+
+@dataclass(frozen=True)
+class EmbeddedTeacher:
+    """The Llama trained on the spot for teacher=embedded."""
+
+    steps: int = 1200
+    vocab_size: int = 512
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    intermediate_size: int = 176
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """One training run; steps=0 leaves it out. Values are ours, the paper prints none."""
+
+    steps: int = 0
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    threshold_learning_rate: float | None = None
+    gradient_accumulation: int = 1
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    save_steps: int = 500
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What of DiscreteMamba2 the teacher does not decide."""
+
+    chunk_size: int = 64
+    d_conv: int = 4
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """alpha KL(p || q) + beta KL(q || p), p the teacher; logits of chunk_size tokens at a time."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    chunk_size: int = 4096
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """ATMN before every projection; T, tau, frame_weight and the surrogate are not printed in the paper."""
+
+    name: str = "ATMN"
+    T: int = 4
+    tau: float = 1.0
+    frame_weight: float = 1.0
+    detach_reset: bool = False
+    surrogate_function: str = "ATan"
+    surrogate_alpha: float = 2.0
+
+    def recipe(self) -> spikelm.Recipe:
+        """The neuron at the paper's four places."""
+        surrogate = {"name": self.surrogate_function, "alpha": self.surrogate_alpha}
+        arguments = {"T": self.T, "tau": self.tau, "frame_weight": self.frame_weight, "detach_reset": self.detach_reset}
+        return spikelm.Recipe.preset("mar", neuron=self.name, surrogate_function=surrogate, **arguments)
+
+
+@dataclass(frozen=True)
+class Spiking:
+    """Stage 2. teacher: "stage1", the dense Llamba (the paper), or "llama", the model it came from [ours]."""
+
+    teacher: Literal["stage1", "llama"] = "stage1"
+    neuron: Neuron = Neuron()
+    alpha: float = 0.2
+    beta: float = 0.7
+    feature_weight: float = 1.0
+    taps: Literal["pre", "post", "both"] = "pre"
+    chunk_size: int = 4096
+    calibration_contexts: int = 64
+    optimisation: Optimisation = Optimisation()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    output_dir: str
+    teacher: str = "embedded"
+    data: str = "embedded"
+    text_field: str | None = None
+    streaming: bool = False
+    max_tokens: int | None = None
+    context_length: int = 128
+    held_out: float = 0.05
+    seed: int = 0
+    stages: list[Literal["orientation", "alignment", "stage1", "student"]] = field(default_factory=lambda: list(STAGES))
+    embedded_teacher: EmbeddedTeacher = EmbeddedTeacher()
+    mixer: Mixer = Mixer()
+    orientation: Optimisation = Optimisation()
+    alignment: Optimisation = Optimisation()
+    distillation: Optimisation = Optimisation()
+    divergence: Divergence = Divergence()
+    spiking: Spiking = Spiking()
+    evaluation_contexts: int | None = None
+    prompt: str = "Once upon a time"
+    sample_tokens: int = 60
+
+
+@dataclass
+class Experiment:
+    """What every stage works with."""
+
+    config: Config
+    run: RunDirectory
+    teacher: PreTrainedModel
+    tokenizer: Any
+    train_data: Any
+    held_out: Any
+    bytes_per_token: float
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Held-out figures of a model against the Llama, and a greedy text."""
+        figures = evaluate(
+            model,
+            self.held_out,
+            teacher=self.teacher,
+            bytes_per_token=self.bytes_per_token,
+            max_contexts=self.config.evaluation_contexts,
+        )
+        return figures | {
+            "sample": generate_sample(model, self.tokenizer, self.config.prompt, self.config.sample_tokens)
+        }
+
+    def train(self, name: str, student: PreTrainedModel, teacher: PreTrainedModel, objective: Any, **more: Any) -> Any:
+        """One training run, resumed where an earlier one stopped; checkpoints and log in training/<name>."""
+        settings: Optimisation = more.pop("optimisation")
+        return train(
+            student,
+            teacher,
+            self.train_data,
+            objective,
+            output_dir=self.run.path("training") / name,
+            seed=self.config.seed,
+            **to_dict(settings),
+            **more,
+        )
+
+    def stage(self, name: str, build: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]) -> PreTrainedModel | None:
+        """The model of a finished stage; builds and saves it where it is asked for and not there; None if neither."""
+        if self.run.is_done(name):
+            model = AutoModelForCausalLM.from_pretrained(self.run.path(name))
+            return model.to(self.teacher.device).eval()
+        if name not in self.config.stages:
+            return None
+        say(f"{name}: training")
+        start = time.monotonic()
+        model, record = build()
+        model.eval()
+        record |= {"total_s": round(time.monotonic() - start, 1)}
+        self.run.finish_stage(name, lambda directory: self._save(model, directory), record)
+        return model
+
+    def _save(self, model: PreTrainedModel, directory: Path) -> None:
+        model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+def prepare(config: Config, run: RunDirectory) -> Experiment:
+    """The teacher, trained first if it is the embedded one, and the packed data."""
+    set_seed(config.seed)
+    path = config.teacher
+    if path == "embedded":
+        path = str(run.path("teacher"))
+        if not Path(path).exists():
+            say("teacher: training a small Llama on Python's documentation")
+            size = to_dict(config.embedded_teacher)
+            train_teacher(
+                path, python_documentation(), context_length=config.context_length, seed=config.seed,
+                held_out=config.held_out, **size,
+            )  # fmt: skip
+    teacher, tokenizer = load_teacher(path)
+    if config.context_length > teacher.config.max_position_embeddings:
+        raise SpikelmError(
+            f"context_length {config.context_length} is beyond the teacher's {teacher.config.max_position_embeddings}"
+        )
+    train_data, held_out = load_contexts(
+        config.data, tokenizer, config.context_length, held_out=config.held_out, text_field=config.text_field,
+        streaming=config.streaming, max_tokens=config.max_tokens,
+    )  # fmt: skip
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    return Experiment(config, run, teacher, tokenizer, train_data, held_out, bytes_per_token(held_out, tokenizer))
+
+
+def stage1(experiment: Experiment) -> PreTrainedModel | None:
+    """Llama -> Mamba-2 in MOHAWK's three steps; each starts from the last one there is."""
+    config, teacher = experiment.config, experiment.teacher
+    model: PreTrainedModel | None = None
+    steps: list[tuple[str, Optimisation, Any, list[str] | None]] = [
+        ("orientation", config.orientation, MatrixOrientation(), ["*.mixer.*"]),
+        ("alignment", config.alignment, HiddenAlignment(), ["*.mixer.*"]),
+        ("stage1", config.distillation, LogitDistillation(**to_dict(config.divergence)), None),
+    ]
+    for name, optimisation, objective, trainable in steps:
+        if optimisation.steps == 0:
+            continue
+
+        def build(
+            start: PreTrainedModel | None = model,
+            name: str = name,
+            optimisation: Optimisation = optimisation,
+            objective: Any = objective,
+            trainable: list[str] | None = trainable,
+        ) -> tuple[PreTrainedModel, dict[str, Any]]:
+            student = start or LlambaForCausalLM.from_llama(teacher, **to_dict(config.mixer))  # type: ignore[arg-type]
+            student.requires_grad_(True)
+            return student, experiment.train(
+                name, student, teacher, objective, optimisation=optimisation, trainable=trainable
+            )
+
+        model = experiment.stage(name, build) or model
+    return model if experiment.run.is_done("stage1") else None
+
+
+def stage2(experiment: Experiment, dense: PreTrainedModel) -> PreTrainedModel | None:
+    """Mamba-2 -> spikes: neurons before every projection, calibrated thresholds, SBDS."""
+    config = experiment.config.spiking
+
+    def build() -> tuple[PreTrainedModel, dict[str, Any]]:
+        student = AutoModelForCausalLM.from_pretrained(experiment.run.path("stage1")).to(dense.device)
+        spikelm.spikify(student, config.neuron.recipe())
+        rows = batches(first_rows(experiment.train_data, config.calibration_contexts), 16)
+        spikelm.calibrate(student, ({"input_ids": ids.to(dense.device)} for ids in rows))
+        converted = experiment.evaluate(student)
+        objective = SBDS(config.alpha, config.beta, config.feature_weight, config.taps, config.chunk_size)
+        teacher = dense.requires_grad_(False) if config.teacher == "stage1" else experiment.teacher
+        record = experiment.train("student", student, teacher, objective, optimisation=config.optimisation)
+        return student, record | {"at_conversion": converted}
+
+    return experiment.stage("student", build)
+
+
+def first_rows(dataset: Any, count: int) -> Any:
+    """The first rows of a packed dataset, streamed or not."""
+    return list(dataset.take(count))
+
+
+def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
+    """metrics.json and the figures, from whatever stages there are."""
+    run, config = experiment.run, experiment.config
+    metrics: dict[str, Any] = {name: experiment.evaluate(model) for name, model in models.items()}
+    done = [name for name in STAGES if run.is_done(name)]
+    metrics["training"] = {name: run.stage_record(name) for name in done}
+    metrics["wall_s"] = {name: run.stage_record(name)["wall_s"] for name in done}
+    logs = {name: run.path("training") / name / "log.jsonl" for name in done}
+    figures = run.path("figures")
+    figures.mkdir(exist_ok=True)
+    plot.loss_curves(logs, figures / "losses.png")
+    if "student" in models:
+        student = models["student"]
+        metrics["firing"] = firing_statistics(student, experiment.held_out)
+        plot.firing_heatmap(metrics["firing"], figures / "firing.png")
+        sentence = experiment.held_out[0]["input_ids"][:32]
+        draw_raster(student, sentence, experiment.tokenizer, figures / "raster.png")
+    metrics["config"], metrics["versions"] = to_dict(config), versions()
+    run.write_json("metrics.json", metrics)
+    return metrics
+
+
+@torch.no_grad()
+def draw_raster(student: PreTrainedModel, ids: list[int], tokenizer: Any, path: Path) -> None:
+    """The spikes of one bank of neurons over a sentence."""
+    name, owner = list(spikelm.convert.spike_sites(student).items())[0]
+    seen: list[torch.Tensor] = []
+    handle = owner.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    student(torch.tensor([ids], device=student.device))
+    handle.remove()
+    frames = owner.neuron.encode(seen[0][0])  # T, L, C
+    plot.raster(frames.cpu(), path, tokens=[tokenizer.decode([i]) for i in ids], title=f"Spikes before {name}")
+
+
+def print_table(metrics: dict[str, Any]) -> None:
+    """The result, on stdout."""
+    columns = ("ce", "bits_per_byte", "kl_to_teacher", "reverse_kl")
+    print(f"\n{'model':<18}" + "".join(f"{column:>16}" for column in columns))
+    present = [name for name in ("teacher", "stage1", "student") if name in metrics]
+    for name in present:
+        print(f"{name:<18}" + "".join(f"{metrics[name][column]:>16.4f}" for column in columns))
+    if "firing" in metrics:
+        firing = metrics["firing"]
+        print(f"\nspikes per channel and token {firing['sum_of_rates']:.3f}, fires at all {firing['union_rate']:.3f}")
+    print("wall seconds " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["wall_s"].items()))
+    for name in present:
+        print(f"\n[{name}] {metrics[name]['sample']}")
+
+
+def say(message: str) -> None:
+    """A line of progress, to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Read the configuration, run the stages that are asked for, report."""
+    config = config_from_command_line(Config, PRESETS, description=str(__doc__), default_preset="tiny")
+    identity = to_dict(replace(config, stages=list(STAGES)))  # one run may do its stages one at a time
+    with RunDirectory(config.output_dir, identity) as run:
+        experiment = prepare(config, run)
+        models = {"teacher": experiment.teacher}
+        dense = stage1(experiment)
+        if dense is not None:
+            models["stage1"] = dense
+            student = stage2(experiment, dense)
+            if student is not None:
+                models["student"] = student
+        print_table(report(experiment, models))
+        say(f"written: {run.path('metrics.json')}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,103 @@
+"""Chooses the thresholds of a freshly spikified model from real activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikelm.checkpoint import attach, recipe_of
+from spikelm.convert import fold_threshold, spike_sites
+from spikelm.errors import SpikelmError
+from spikelm.layers.spiking_linear import SpikingLinear
+from spikelm.neurons import ATMN
+
+CANDIDATES = torch.logspace(-1.1, 0.7, 28, base=10.0)  # thresholds tried, in standard deviations of the channel
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Within it the neurons of ``model`` pass their input through."""
+    layers = [m for m in model.modules() if isinstance(m, SpikingLinear)]
+    before = [layer.spiking for layer in layers]
+    for layer in layers:
+        layer.spiking = False
+    try:
+        yield
+    finally:
+        for layer, spiking in zip(layers, before, strict=True):
+            layer.spiking = spiking
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, tokens_per_site: int = 4096) -> None:
+    """Per channel, chooses the V that minimises E (x - V encode_sum(x / V))^2 and folds it into the weights [ours].
+
+    x are the inputs the projections see in the dense model on ``batches`` (mappings of the model's forward arguments),
+    padding left out; the first ``tokens_per_site`` tokens are kept. Call once, on a model fresh from
+    :func:`spikelm.spikify`.
+
+    Raises:
+        SpikelmError: the model has no spiking projection, is calibrated already, or ``batches`` holds no token.
+    """
+    recipe = recipe_of(model)
+    if recipe is None or recipe.calibrated:
+        state = "is calibrated already" if recipe else "is not spiking: call spikify first"
+        raise SpikelmError(f"calibrate takes a freshly spikified model; this one {state}")
+    inputs = _record_inputs(model, batches, tokens_per_site)
+    for name, owner in spike_sites(model).items():
+        fold_threshold(model, owner, best_threshold(owner.neuron, inputs[name]))
+    attach(model, replace(recipe, calibrated=True))
+
+
+def best_threshold(neuron: ATMN, x: torch.Tensor) -> torch.Tensor:
+    """V [channels] among CANDIDATES * std(x) that codes x [tokens, channels] with the least squared error."""
+    x = x.float()
+    scale = x.std(0, correction=0).clamp_min(1e-3 * x.std() + 1e-12)
+    best_error = torch.full_like(scale, float("inf"))
+    best = scale.clone()
+    for candidate in CANDIDATES.tolist():
+        V = candidate * scale
+        neuron.v_threshold = V
+        error = (x - V * neuron.encode_sum(x)).square().mean(0)
+        better = error < best_error
+        best, best_error = torch.where(better, V, best), torch.where(better, error, best_error)
+    return best
+
+
+def _record_inputs(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], tokens_per_site: int
+) -> dict[str, torch.Tensor]:
+    recorded: dict[str, list[torch.Tensor]] = {name: [] for name in spike_sites(model)}
+    keep: list[torch.Tensor | None] = [None]
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            x = arguments[0].detach()
+            recorded[name].append(x.flatten(0, -2) if keep[0] is None else x[keep[0]])
+
+        return hook
+
+    handles = [owner.register_forward_pre_hook(record(name)) for name, owner in spike_sites(model).items()]
+    training, tokens = model.training, 0
+    model.eval()
+    try:
+        with dense(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                keep[0] = None if mask is None else mask.bool()
+                model(**batch)
+                tokens = sum(len(part) for part in next(iter(recorded.values())))
+                if tokens >= tokens_per_site:
+                    break
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not tokens:
+        raise SpikelmError("calibrate needs at least one token; batches held none")
+    return {name: torch.cat(parts)[:tokens_per_site] for name, parts in recorded.items()}

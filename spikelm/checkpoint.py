@@ -1,0 +1,78 @@
+"""Spiking models in transformers' own checkpoints: the recipe travels in the configuration.
+
+from_pretrained builds the dense architecture and hands it, before any weight is read, to the quantiser that the
+configuration names; ours puts the neurons in. So a spiking model needs no loader of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spikelm.convert import Recipe, spike_sites, spikify
+from spikelm.errors import SpikelmError
+
+
+@register_quantization_config("spikelm")
+class SpikingConfig(QuantizationConfigMixin):
+    """The recipe as a configuration entry, ``quantization_config`` of a saved spiking model."""
+
+    def __init__(self, recipe: dict[str, Any], quant_method: str = "spikelm", **kwargs: Any) -> None:
+        self.quant_method: Any = quant_method
+        self.recipe = recipe
+
+    def to_recipe(self) -> Recipe:
+        """The recipe; refuses unknown fields and neurons."""
+        return Recipe(**self.recipe)
+
+
+@register_quantizer("spikelm")
+class SpikingQuantizer(HfQuantizer):
+    """Puts the neurons in before the weights are loaded."""
+
+    quantization_config: SpikingConfig
+
+    requires_calibration = False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Spiking models train with surrogate gradients."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """All weights train, no adapter is needed."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Saved as they are."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        spikify(model, self.quantization_config.to_recipe())
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Thresholds that no file held are uninitialised memory: an error, or the start value over dense weights."""
+        recipe = self.quantization_config.to_recipe()
+        unset = {n: o for n, o in spike_sites(model).items() if not getattr(o.neuron.a, "_is_hf_initialized", False)}
+        if unset and (self.pre_quantized or recipe.calibrated):
+            raise SpikelmError(f"the checkpoint has no thresholds (neuron.a) for {', '.join(unset)}")
+        for owner in unset.values():
+            owner.neuron.v_threshold = recipe.neuron_arguments.get("v_threshold", 1.0)
+        return model
+
+
+def attach(model: nn.Module, recipe: Recipe) -> None:
+    """Writes ``recipe`` into the model's configuration."""
+    config: Any = model.config
+    config.quantization_config = SpikingConfig(recipe.to_dict())
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe a model was made spiking with; None for a dense model."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config.to_recipe() if isinstance(config, SpikingConfig) else None

@@ -1,0 +1,170 @@
+"""Puts neurons before named projections of any transformers (or plain torch) model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import nn
+
+from spikelm.errors import SpikelmError
+from spikelm.layers.spiking_linear import SpikingLinear
+from spikelm.neurons import ATMN
+
+NEURONS: dict[str, type[ATMN]] = {"ATMN": ATMN}
+
+# Site name -> the projections behind one bank of neurons, as patterns over module names.
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    # MAR: before every fully connected unit of a Llamba block
+    "mar": {
+        "mixer_in": ("*.mixer.in_proj",),
+        "mixer_out": ("*.mixer.out_proj",),
+        "ffn_in": ("*.mlp.gate_proj", "*.mlp.up_proj"),
+        "ffn_out": ("*.mlp.down_proj",),
+    },
+    # The same places of a Llama that keeps its attention
+    "llama": {
+        "attention_in": ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj"),
+        "attention_out": ("*.self_attn.o_proj",),
+        "ffn_in": ("*.mlp.gate_proj", "*.mlp.up_proj"),
+        "ffn_out": ("*.mlp.down_proj",),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which neurons go where; JSON all through, so that it is saved beside the weights.
+
+    Args:
+        sites: site name -> patterns (``*`` and ``?``) over module names of nn.Linear layers. Projections of one site
+            below the same parent module share an input, hence a bank of neurons.
+        neuron: a name in ``spikelm.convert.NEURONS``.
+        neuron_arguments: passed to the neuron; ``surrogate_function`` is the name of a SpikingJelly surrogate, or a
+            mapping with "name" and its arguments.
+        calibrated: set by :func:`spikelm.calibrate`: thresholds are chosen and folded into the weights.
+    """
+
+    sites: Mapping[str, Sequence[str]]
+    neuron: str = "ATMN"
+    neuron_arguments: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.neuron not in NEURONS:
+            raise SpikelmError(f"neuron must be one of {', '.join(NEURONS)}; got {self.neuron!r}")
+        if not self.sites or any(isinstance(patterns, str) or not patterns for patterns in self.sites.values()):
+            raise SpikelmError("sites must map at least one site name to a non-empty list of module-name patterns")
+
+    @classmethod
+    def preset(cls, name: str, *, neuron: str = "ATMN", **neuron_arguments: Any) -> Recipe:
+        """The sites of ``PRESETS[name]`` with a neuron and its arguments."""
+        if name not in PRESETS:
+            raise SpikelmError(f"the recipe presets are {', '.join(PRESETS)}; got {name!r}")
+        return cls(PRESETS[name], neuron, neuron_arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        sites = {name: list(patterns) for name, patterns in self.sites.items()}
+        return asdict(self) | {"sites": sites, "neuron_arguments": dict(self.neuron_arguments)}
+
+    def make_neuron(self, num_channels: int) -> ATMN:
+        """A bank of ``num_channels`` neurons."""
+        arguments = dict(self.neuron_arguments)
+        if "surrogate_function" in arguments:
+            arguments["surrogate_function"] = _surrogate(arguments["surrogate_function"])
+        try:
+            return NEURONS[self.neuron](num_channels=num_channels, **arguments)
+        except TypeError as error:
+            raise SpikelmError(
+                f"neuron_arguments {dict(self.neuron_arguments)} do not fit {self.neuron}: {error}"
+            ) from error
+
+
+def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
+    """Replaces, in place, the projections that ``recipe`` names by SpikingLinear; returns the model.
+
+    Thresholds start at the neuron's v_threshold: run :func:`spikelm.calibrate` next. A transformers model remembers the
+    recipe in its configuration, so save_pretrained / from_pretrained keep it.
+
+    Args:
+        recipe: a Recipe, or the name of a preset.
+
+    Raises:
+        SpikelmError: a pattern matches no nn.Linear, two sites claim one projection, the projections of a bank differ
+            in their input size, or the model is spiking already. The model is then unchanged.
+    """
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    if any(isinstance(module, SpikingLinear) for module in model.modules()):
+        raise SpikelmError("the model is spiking already; spikify a dense model")
+    banks = _find_banks(model, recipe)
+    for names in banks:
+        owner: SpikingLinear | None = None
+        for name in names:
+            linear = cast(nn.Linear, model.get_submodule(name))
+            neuron = owner.neuron if owner else recipe.make_neuron(linear.in_features).to(linear.weight.device)
+            layer = SpikingLinear.from_linear(linear, neuron, shares_with=owner)
+            owner = owner or layer
+            model.set_submodule(name, layer)
+    if hasattr(model, "config"):
+        from spikelm.checkpoint import attach
+
+        attach(model, recipe)
+    return model
+
+
+def spike_sites(model: nn.Module) -> dict[str, SpikingLinear]:
+    """Module name -> the projection that owns a bank of neurons, one entry per bank, in module order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SpikingLinear) and m.owns_neuron}
+
+
+def projections_of(model: nn.Module, owner: SpikingLinear) -> list[SpikingLinear]:
+    """Every projection behind the bank of ``owner``, the owner first."""
+    return [m for m in model.modules() if isinstance(m, SpikingLinear) and m.neuron is owner.neuron]
+
+
+@torch.no_grad()
+def fold_threshold(model: nn.Module, owner: SpikingLinear, v_threshold: torch.Tensor) -> None:
+    """Sets V [in_features] of a bank and folds it into the weights behind it, W[:, c] <- W[:, c] V_c.
+
+    The projections then compute W (V s) with plain accumulation of W's columns. Only for weights not yet folded.
+    """
+    owner.neuron.v_threshold = v_threshold
+    for layer in projections_of(model, owner):
+        layer.weight.mul_(v_threshold.to(layer.weight.dtype))
+
+
+def _find_banks(model: nn.Module, recipe: Recipe) -> list[list[str]]:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    banks: dict[tuple[str, str], list[str]] = {}
+    claimed: dict[str, str] = {}
+    for site, patterns in recipe.sites.items():
+        for pattern in patterns:
+            names = [name for name in linears if fnmatchcase(name, pattern)]
+            if not names:
+                shown = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+                raise SpikelmError(f"site {site!r}: pattern {pattern!r} matches no nn.Linear; the model has {shown}")
+            for name in names:
+                if claimed.setdefault(name, site) != site:
+                    raise SpikelmError(f"sites {claimed[name]!r} and {site!r} both claim {name}")
+                bank = banks.setdefault((name.rpartition(".")[0], site), [])
+                if name not in bank:
+                    bank.append(name)
+    for (_, site), names in banks.items():
+        sizes = {linears[name].in_features for name in names}
+        if len(sizes) > 1:
+            raise SpikelmError(f"site {site!r}: {', '.join(names)} have no common input size: {sorted(sizes)}")
+    return list(banks.values())
+
+
+def _surrogate(specification: str | Mapping[str, Any]) -> Any:
+    arguments = {} if isinstance(specification, str) else {k: v for k, v in specification.items() if k != "name"}
+    name = specification if isinstance(specification, str) else specification.get("name")
+    surrogate_class = getattr(surrogate, str(name), None)
+    if not (isinstance(surrogate_class, type) and issubclass(surrogate_class, nn.Module)):
+        raise SpikelmError(f"surrogate_function must name a class of spikingjelly's surrogate module; got {name!r}")
+    return surrogate_class(**arguments)

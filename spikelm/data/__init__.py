@@ -1,0 +1,16 @@
+"""Text to packed contexts, the documentation that every Python carries, and teachers."""
+
+from spikelm.data.embedded import python_documentation, train_teacher, train_tokenizer
+from spikelm.data.teacher import load_teacher
+from spikelm.data.text import bytes_per_token, check_tokenizer, load_contexts, text_contexts
+
+__all__ = [
+    "bytes_per_token",
+    "check_tokenizer",
+    "load_contexts",
+    "load_teacher",
+    "python_documentation",
+    "text_contexts",
+    "train_teacher",
+    "train_tokenizer",
+]

@@ -1,0 +1,223 @@
+"""What every Python carries: its English documentation; a tokenizer and a small Llama trained on it on the spot."""
+
+import ast
+import inspect
+import itertools
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikelm.data.text import text_contexts
+from spikelm.errors import SpikelmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# encodings and __phello__ hold generated text, idlelib, lib2to3 and turtledemo code that is not the library's.
+LEFT_OUT = {"idlelib", "lib2to3", "encodings", "turtledemo", "ensurepip", "pydoc_data", "__phello__"}
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+# Later Pythons write their topics with these signs; everything else outside ASCII drops its paragraph.
+TYPOGRAPHIC = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "--",
+        "\u2026": "...",
+        "\u2022": "*",
+    }
+)
+
+
+@lru_cache(maxsize=1)
+def python_documentation(max_bytes: int | None = None) -> str:
+    """The reference of pydoc_data.topics, then the docstrings of the standard library by file name: 2 MB of ASCII.
+
+    Paragraphs that are not ASCII are left out, and those that came before. The same Python gives the same text.
+    max_bytes: cut there, between paragraphs.
+    """
+    paragraphs: dict[str, None] = {}
+    size = 0
+    for document in itertools.chain(_topics(), _docstrings()):
+        for paragraph in _paragraphs(document):
+            if not paragraph.isascii() or "\0" in paragraph or paragraph in paragraphs:
+                continue
+            size += len(paragraph) + 2
+            if max_bytes is not None and size > max_bytes:
+                return _joined(paragraphs)
+            paragraphs[paragraph] = None
+    return _joined(paragraphs)
+
+
+def _paragraphs(document: str) -> list[str]:
+    """Paragraphs without blanks at line ends and without rulers (lines that hold neither letters nor digits)."""
+    lines = (line.rstrip() for line in document.translate(TYPOGRAPHIC).split("\n"))
+    kept = (line for line in lines if not line or any(map(str.isalnum, line)))
+    return [paragraph for part in "\n".join(kept).split("\n\n") if (paragraph := part.strip("\n"))]
+
+
+def _joined(paragraphs: dict[str, None]) -> str:
+    if not paragraphs:
+        raise SpikelmError(
+            "this Python carries no documentation (or max_bytes is too small); give a text file as data instead"
+        )
+    return "\n\n".join(paragraphs) + "\n\n"
+
+
+def _topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise SpikelmError("this Python carries no pydoc_data.topics; give a text file as data instead") from error
+    return [topics[name] for name in sorted(topics)]
+
+
+def _docstrings() -> Iterator[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        parts = path.relative_to(root).parts
+        package = parts[0].removesuffix(".py")
+        if package not in sys.stdlib_module_names or package in LEFT_OUT or TEST_FOLDERS.intersection(parts):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in the library's own sources are not the reader's concern
+            module = ast.parse(path.read_bytes())
+        yield from _own_docstrings(module)
+
+
+def _own_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Docstrings in the order of the file. Statements only are walked, which is five times faster than ast.walk."""
+    text = ast.get_docstring(node, clean=False)
+    if text:
+        yield inspect.cleandoc(text)
+    waiting: list[ast.AST] = list(reversed(node.body))
+    while waiting:
+        statement = waiting.pop()
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _own_docstrings(statement)
+        else:
+            for field in ("finalbody", "orelse", "handlers", "body"):
+                inner = getattr(statement, field, [])
+                waiting.extend(reversed(inner) if isinstance(inner, list) else [])
+
+
+def train_tokenizer(text: str, vocab_size: int = 512, *, model_max_length: int = 512) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE with bos <s>, eos and pad </s>; decode(encode(x)) == x for every text x (no bos is added)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = 258  # 256 bytes and the two specials
+    if vocab_size < smallest:
+        raise SpikelmError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_teacher(
+    output_dir: str | Path,
+    text: str,
+    *,
+    vocab_size: int = 512,
+    context_length: int = 128,
+    hidden_size: int = 64,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 8,
+    num_key_value_heads: int = 4,
+    intermediate_size: int = 176,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 3e-3,
+    held_out: float = 0.05,
+    seed: int = 0,
+) -> Path:
+    """Train a tokenizer and a Llama with tied embeddings on `text`; returns the directory, which appears when whole.
+
+    The last `held_out` of the contexts is not trained on: the part that load_contexts holds out of the same text at
+    the same context length.
+    A directory that exists and is not empty is refused; an interrupted training leaves nothing but
+    "<output_dir>.partial", which the next one deletes.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    target = Path(output_dir)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise SpikelmError(f"{target} exists already; give train_teacher a directory that does not exist or is empty")
+    tokenizer = train_tokenizer(text, vocab_size, model_max_length=context_length)
+    contexts, _ = text_contexts(text, tokenizer, context_length, held_out)
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        max_position_embeddings=context_length,
+        initializer_range=0.06,  # [ours] learns faster than 0.02 at this width
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,  # pad is eos; its embedding must be trained
+    )
+    model = LlamaForCausalLM(config)
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    _train(model, contexts, partial, steps, batch_size, learning_rate, seed)
+    model.eval().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, target)
+    return target
+
+
+def _train(
+    model: Any, contexts: Any, output_dir: Path, steps: int, batch_size: int, learning_rate: float, seed: int
+) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        input_ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": input_ids, "labels": input_ids}
+
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        warmup_steps=min(100, steps // 10),
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, steps // 10),
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+    Trainer(model=model, args=arguments, train_dataset=contexts, data_collator=collate).train()

@@ -1,0 +1,105 @@
+"""Trainer callbacks: the metrics file, and Ctrl-C that waits for the end of a step."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spikelm.distill.checkpoints import write_text_atomically
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; a last line that was cut short is left out. Empty where there is no file."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    # What follows the last newline is empty, or a line that a killed process could not finish.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last line of a log.jsonl."""
+    return read_metrics(path)[-1]
+
+
+class MetricsFile(TrainerCallback):
+    """Append every step log as one JSON line: step, loss, the objective's terms, learning_rate, grad_norm, wall_s, ...
+
+    wall_s counts training seconds over all resumed parts. On resume the lines beyond the resumed step are dropped.
+    Saving and the last step always log, so that a resumed run writes the same lines as one that was never stopped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+        write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._start = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        line = {"step": state.global_step, **logs, "wall_s": round(time.perf_counter() - self._start, 3)}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+class StopAtStepEnd(TrainerCallback):
+    """Turns Ctrl-C into: finish this step, log, save a checkpoint, stop. Raising at once could save a half-made
+    optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def handling_interrupts(self, world_size: int) -> Iterator[None]:
+        """Catch SIGINT within the context; the second one raises KeyboardInterrupt at once.
+
+        Not outside the main thread, where Python allows no handler, and not with several processes, which would have to
+        agree on the step.
+        """
+        if world_size > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def request(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
+
+        signal.signal(signal.SIGINT, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_log = control.should_save = control.should_training_stop = True

@@ -1,0 +1,146 @@
+"""Distillation losses as pure functions: token masks, divergences, feature and mixer distances.
+
+Every function accepts any floating dtype and computes in float32 (float64 where it is given float64). A mean is always
+taken over counted tokens, never over batch rows; `num_items` replaces the number of counted tokens, so that the losses
+of several micro-batches, each divided by the tokens of all of them, add up to the loss of one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def loss_mask(input_ids: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    """Positions whose prediction counts, bool [B, L].
+
+    Position t predicts token t + 1. It counts when both tokens are real (`attention_mask` not 0; without it all are)
+    and `labels[:, t + 1]` is not -100 (without labels every real token is a target). The last position never counts.
+
+    Args:
+        input_ids: [B, L].  labels: [B, L], unshifted, -100 ignored.  attention_mask: [B, L], 1 for real tokens.
+    """
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    mask[:, -1:] = False
+    if labels is not None:
+        mask[:, :-1] &= labels[:, 1:] != -100
+    if attention_mask is not None:
+        real = attention_mask != 0
+        mask[:, :-1] &= real[:, 1:] & real[:, :-1]
+    return mask
+
+
+def token_mean(values: Tensor, mask: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Sum of `values` [B, L] where `mask` [B, L], over `num_items` (default: the tokens in the mask; at least 1).
+    Scalar.
+    """
+    return torch.where(mask, values, 0).sum() / _denominator(mask, num_items)
+
+
+def _denominator(mask: Tensor, num_items: Tensor | float | None) -> Tensor:
+    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=mask.device)
+    return count.clamp(min=1)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) in nats per token: logits [..., V] -> [...]."""
+    return sbds_divergence(p_logits, q_logits, alpha=1.0, beta=0.0)
+
+
+def sbds_divergence(teacher_logits: Tensor, student_logits: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha KL(p || q) + beta KL(q || p) in nats per token, p the teacher: logits [..., V] -> [...]. (MAR, Eq. 5-6.)
+
+    Evaluated as sum_k [alpha p(k) - beta q(k)] [log p(k) - log q(k)], one log-softmax of each side.
+    """
+    log_p = _widen(teacher_logits).log_softmax(-1)
+    log_q = _widen(student_logits).log_softmax(-1)
+    if beta == 0:
+        weight = alpha * log_p.exp()
+    elif alpha == 0:
+        weight = -beta * log_q.exp()
+    else:
+        weight = alpha * log_p.exp() - beta * log_q.exp()
+    return (weight * (log_p - log_q)).sum(-1)
+
+
+def hidden_alignment(teacher: Tensor, student: Tensor, mask: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Token mean of the L2 norm over channels of teacher - student, both [B, L, d]. (MOHAWK step 2; unsquared [ours for
+    SBDS].)
+
+    The gradient where both are equal is 0.
+    """
+    # linalg.vector_norm takes the subgradient 0 at 0, where sqrt(sum of squares) would give NaN.
+    return token_mean(torch.linalg.vector_norm(_widen(teacher) - _widen(student), dim=-1), mask, num_items)
+
+
+def feature_distance(
+    teacher_features: Sequence[Tensor],
+    student_features: Sequence[Tensor],
+    mask: Tensor,
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """Mean over layers of `hidden_alignment` of each pair [B, L, d]. (MAR, Eq. 7: 1/(T L) sum_t sum_l || . ||_2.)"""
+    distances = [
+        hidden_alignment(teacher, student, mask, num_items)
+        for teacher, student in zip(teacher_features, student_features, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+def matrix_orientation(
+    teacher_map: Tensor, student_map: Tensor, mask: Tensor | None = None, num_items: Tensor | float | None = None
+) -> Tensor:
+    """Frobenius norm of teacher - student per (batch, head), mean over both; maps [B, H, L, L]. (MOHAWK step 1.)
+
+    With `mask` [B, L] only the rows (queries) in it count, and sequences are weighted by their counted tokens [ours],
+    which leaves equally long sequences alone and makes micro-batches add up.
+    """
+    difference = _widen(teacher_map) - _widen(student_map)
+    if mask is None:
+        mask = torch.ones(difference.shape[0], difference.shape[2], dtype=torch.bool, device=difference.device)
+    else:
+        difference = torch.where(mask[:, None, :, None], difference, 0)
+    per_sequence = torch.linalg.vector_norm(difference, dim=(-2, -1)).mean(1)
+    return (per_sequence * mask.sum(1)).sum() / _denominator(mask, num_items)
+
+
+def chunked_logit_loss(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    teacher_hidden: Tensor,
+    teacher_head: nn.Module,
+    student_hidden: Tensor,
+    student_head: nn.Module,
+    mask: Tensor,
+    chunk_size: int,
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """Token mean of `divergence(teacher_logits [N, V], student_logits [N, V]) -> [N]` over the tokens in `mask`.
+    Scalar.
+
+    Only counted tokens go through the heads. More than `chunk_size` of them are taken in chunks whose logits are formed
+    again in the backward pass, so that the memory is chunk_size * V whatever the batch. The teacher gets no gradient.
+
+    Args:
+        teacher_hidden, student_hidden: [B, L, d], what the heads (d -> V) are fed.  mask: bool [B, L].
+    """
+
+    def chunk_sum(teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_rows)
+        return divergence(teacher_logits, student_head(student_rows)).sum()
+
+    teacher_rows, student_rows = teacher_hidden[mask], student_hidden[mask]
+    if len(student_rows) <= chunk_size:
+        total = chunk_sum(teacher_rows, student_rows)
+    else:
+        chunks = zip(teacher_rows.split(chunk_size), student_rows.split(chunk_size), strict=True)
+        sums = [checkpoint(chunk_sum, *rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
+        total = torch.stack(sums).sum()
+    return total / _denominator(mask, num_items)

@@ -1,0 +1,257 @@
+"""What a student is trained for: objective(student, teacher, batch, num_items) -> {"loss": ..., further terms}.
+
+A batch holds input_ids [B, L] and, where needed, attention_mask and labels [B, L] (labels unshifted, -100 ignored).
+Every value of the result is a scalar; "loss" comes first and alone carries the gradient that counts. `num_items` is the
+number of counted tokens of the whole update when the batch is only a part of it (see losses.py). The teacher must be
+frozen and in eval mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spikelm.distill.losses import (
+    chunked_logit_loss,
+    feature_distance,
+    hidden_alignment,
+    loss_mask,
+    matrix_orientation,
+    sbds_divergence,
+)
+from spikelm.distill.taps import Taps, eager_attention, mixer_modules, norm_modules, output_head
+from spikelm.errors import SpikelmError
+
+Batch = Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """Anything the trainer can minimise."""
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class MatrixOrientation:
+    """MOHAWK step 1: the student's mixing matrices against the teacher's attention maps, summed over layers.
+
+    Every student mixer is fed the teacher's normalised layer input and needs `mixing_matrix(hidden_states) -> [B, H, L,
+    L]`. Memory grows with layers * B * H * L^2: use a short context or a small batch.
+    """
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        _refuse_several_processes(self)
+        mask = batch_mask(batch)
+        total: Tensor | None = None
+        for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=True):
+            if not hasattr(mixer, "mixing_matrix"):
+                raise SpikelmError(f"{type(mixer).__name__} has no mixing_matrix: the student needs state-space mixers")
+            if not isinstance(output, tuple) or output[1] is None:
+                raise SpikelmError("the teacher's mixers give no attention maps: the teacher needs attention layers")
+            student_map = mixer.mixing_matrix(hidden)
+            if student_map.shape != output[1].shape:
+                raise SpikelmError(
+                    f"student mixing matrix {tuple(student_map.shape)} against teacher attention map "
+                    f"{tuple(output[1].shape)}: heads must agree"
+                )
+            term = matrix_orientation(output[1], student_map, mask, num_items)
+            total = term if total is None else total + term
+        assert total is not None  # decoder_layers never gives an empty list
+        return {"loss": total}
+
+
+@dataclass(frozen=True)
+class HiddenAlignment:
+    """MOHAWK step 2: the mixers' outputs per token in L2, the teacher's normalised layer input fed to both, summed over
+    layers.
+    """
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        _refuse_several_processes(self)
+        mask = batch_mask(batch)
+        padding = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        total: Tensor | None = None
+        for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=False):
+            term = hidden_alignment(_first(output), _first(mixer(hidden, **padding)), mask, num_items)
+            total = term if total is None else total + term
+        assert total is not None
+        return {"loss": total}
+
+
+@dataclass(frozen=True)
+class LogitDistillation:
+    """alpha KL(p || q) + beta KL(q || p) per token on the logits, p the teacher, in nats (MOHAWK step 3 with the
+    default weights).
+
+    Args:
+        alpha, beta: weights of the forward and the reverse divergence, >= 0 and not both 0.
+        chunk_size: tokens whose logits exist at once, >= 1.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    chunk_size: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_divergence(self.alpha, self.beta, self.chunk_size)
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher_hidden = last_hidden(teacher, batch)
+        student_hidden = last_hidden(student, batch)
+        return {"loss": _divergence(self, teacher, teacher_hidden, student, student_hidden, batch, num_items)}
+
+
+@dataclass(frozen=True)
+class SBDS:
+    """MAR, Eq. 5-7: `divergence` (alpha KL(p || q) + beta KL(q || p) on the logits) plus feature_weight times
+    `features`, the mean L2 distance of normalised hidden states over tokens and layers. No cross-entropy, no
+    temperature.
+
+    Both terms are averaged over the same tokens, those whose prediction counts [ours].
+
+    Args:
+        alpha, beta: weights of the forward and the reverse divergence, >= 0 and not both 0.
+        feature_weight: >= 0 [ours; the paper has 1]; at 0 the features are neither recorded nor logged.
+        taps: "pre" (output of the norm before the mixer, the paper's choice), "post" (before the MLP) or "both".
+        chunk_size: tokens whose logits exist at once, >= 1.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+    feature_weight: float = 1.0
+    taps: str = "pre"
+    chunk_size: int = 4096
+
+    def __post_init__(self) -> None:
+        _check_divergence(self.alpha, self.beta, self.chunk_size)
+        if not (math.isfinite(self.feature_weight) and self.feature_weight >= 0):
+            raise SpikelmError(f"feature_weight must be finite and >= 0, given {self.feature_weight}")
+        if self.taps not in ("pre", "post", "both"):
+            raise SpikelmError(f"taps must be one of pre, post, both, given {self.taps!r}")
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        tapped = self.feature_weight > 0
+        teacher_norms = norm_modules(teacher, self.taps) if tapped else {}
+        student_norms = norm_modules(student, self.taps) if tapped else {}
+        _check_layers(len(teacher_norms), len(student_norms))
+        with torch.no_grad(), Taps(teacher_norms) as teacher_taps:
+            teacher_hidden = last_hidden(teacher, batch)
+        with Taps(student_norms) as student_taps:
+            student_hidden = last_hidden(student, batch)
+        divergence = _divergence(self, teacher, teacher_hidden, student, student_hidden, batch, num_items)
+        if not tapped:
+            return {"loss": divergence, "divergence": divergence}
+        teacher_features = [teacher_taps.outputs[name] for name in teacher_norms]
+        student_features = [student_taps.outputs[name] for name in student_norms]
+        _check_width(teacher_hidden.shape[-1], student_hidden.shape[-1])
+        features = feature_distance(teacher_features, student_features, batch_mask(batch), num_items)
+        return {"loss": divergence + self.feature_weight * features, "divergence": divergence, "features": features}
+
+
+def batch_mask(batch: Batch) -> Tensor:
+    """`loss_mask` of a batch, bool [B, L]."""
+    return loss_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask"))
+
+
+def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """What the head is fed, [B, L, d], from one call of the model's own forward (which a distributed wrapper needs).
+
+    The logits are asked for at no position, so [B, L, V] is never formed.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
+    output = model(**inputs, output_hidden_states=True, logits_to_keep=nowhere, use_cache=False)
+    hidden: Tensor = output.hidden_states[-1]
+    return hidden
+
+
+def _divergence(
+    objective: LogitDistillation | SBDS,
+    teacher: nn.Module,
+    teacher_hidden: Tensor,
+    student: nn.Module,
+    student_hidden: Tensor,
+    batch: Batch,
+    num_items: Tensor | float | None,
+) -> Tensor:
+    teacher_head, student_head = output_head(teacher), output_head(student)
+    if teacher_head.out_features != student_head.out_features:
+        raise SpikelmError(
+            f"teacher has a vocabulary of {teacher_head.out_features}, student of {student_head.out_features}: "
+            "logit distillation needs the same"
+        )
+    return chunked_logit_loss(
+        partial(sbds_divergence, alpha=objective.alpha, beta=objective.beta),
+        teacher_hidden,
+        teacher_head,
+        student_hidden,
+        student_head,
+        batch_mask(batch),
+        objective.chunk_size,
+        num_items,
+    )
+
+
+def _mixer_pairs(
+    student: nn.Module, teacher: nn.Module, batch: Batch, eager: bool
+) -> Iterator[tuple[Any, Tensor, Any]]:
+    """For every layer: the student's mixer, the teacher's normalised layer input in its dtype, the teacher mixer's
+    output.
+    """
+    student_mixers, teacher_mixers = mixer_modules(student), mixer_modules(teacher)
+    _check_layers(len(teacher_mixers), len(student_mixers))
+    with torch.no_grad(), eager_attention(teacher) if eager else nullcontext(), Taps(teacher_mixers) as taps:
+        last_hidden(teacher, batch)
+    _check_width(taps.inputs["0"].shape[-1], output_head(student).in_features)
+    for name, mixer in student_mixers.items():
+        yield mixer, taps.inputs[name].to(next(mixer.parameters()).dtype), taps.outputs[name]
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of a mixer that returns them alone or first in a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _check_divergence(alpha: float, beta: float, chunk_size: int) -> None:
+    if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0 and alpha + beta > 0):
+        raise SpikelmError(f"alpha and beta must be finite, >= 0 and not both 0, given alpha={alpha} beta={beta}")
+    if chunk_size < 1:
+        raise SpikelmError(f"chunk_size must be at least 1 token, given {chunk_size}")
+
+
+def _check_layers(teacher_count: int, student_count: int) -> None:
+    if teacher_count != student_count:
+        raise SpikelmError(f"teacher and student differ in tapped layers: {teacher_count} against {student_count}")
+
+
+def _check_width(teacher_size: int, student_size: int) -> None:
+    if teacher_size != student_size:
+        raise SpikelmError(f"teacher and student differ in hidden size: {teacher_size} against {student_size}")
+
+
+def _refuse_several_processes(objective: object) -> None:
+    """The student's mixers are called one by one, outside its forward, where gradients would not be averaged."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise SpikelmError(
+            f"{type(objective).__name__} runs in one process only, given world size {distributed.get_world_size()}"
+        )

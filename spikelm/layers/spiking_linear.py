@@ -1,0 +1,84 @@
+"""A projection whose input arrives as spikes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spikelm.neurons import ATMN
+
+
+class SpikingLinear(nn.Linear):
+    """y = W n(x) + b, with n(x) the weighted sum of the frames that ``neuron`` makes of x [*, in_features].
+
+    Several projections of one input share a bank of neurons: the first holds it as its submodule
+    , the others refer to it, so a state dict names it once.
+
+    Attributes:
+        neuron: the bank, ``in_features`` channels.
+        owns_neuron: whether the bank is this projection's submodule.
+        spiking: False passes x through (the dense model, for calibration and comparison).
+    """
+
+    neuron: ATMN
+    _consumers: int
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, neuron: ATMN, shares_with: SpikingLinear | None = None
+    ) -> None:
+        with torch.device("meta"):  # from_linear brings the parameters
+            super().__init__(in_features, out_features, bias=bias)
+        self.spiking = True
+        self._shares_with = [] if shares_with is None else [shares_with]  # in a list, so that it is no submodule
+        if shares_with is None:
+            self.neuron = neuron
+        else:
+            shares_with._consumers += 1
+        self._consumers = 1
+        self._held: tuple[torch.Tensor, torch.Tensor, bool, int] | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, neuron: ATMN, shares_with: SpikingLinear | None = None) -> SpikingLinear:
+        """Takes over the parameters of ``linear`` (the same tensors, not copies)."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, neuron, shares_with)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    @property
+    def owns_neuron(self) -> bool:
+        """Whether the bank is a submodule of this projection."""
+        return not self._shares_with
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "neuron" and self._shares_with:
+            return self._shares_with[0].neuron
+        return super().__getattr__(name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [*, in_features] -> [*, out_features]."""
+        if not self.spiking:
+            return super().forward(x)
+        owner = self._shares_with[0] if self._shares_with else self
+        return F.linear(owner._encode(x), self.weight, self.bias)
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The bank's weighted sum for x, computed once where the projections of a bank get the same tensor in turn."""
+        if self._consumers == 1 or torch.compiler.is_compiling():
+            return self.neuron.encode_sum(x)
+        held = self._held  # one read: another thread may replace it
+        if held is not None and held[0] is x and held[2] == torch.is_grad_enabled():
+            self._held = (*held[:3], held[3] - 1) if held[3] > 1 else None
+            return held[1]
+        encoded = self.neuron.encode_sum(x)
+        self._held = (x, encoded, torch.is_grad_enabled(), self._consumers - 1)
+        return encoded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": None}  # a held activation is no part of a copy
+
+    def extra_repr(self) -> str:
+        """Shape, and whose neurons it uses."""
+        return super().extra_repr() + ("" if self.owns_neuron else ", shares a neuron bank")

@@ -1,0 +1,1 @@
+"""Definitions and kernels below the modules: neuron dynamics, surrogates, the SSD scan."""

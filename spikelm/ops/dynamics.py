@@ -1,0 +1,59 @@
+"""A neuron as data: which equations one step of it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from spikelm.errors import SpikelmError
+
+Fire = Literal["binary", "ternary", "integer"]
+Reset = Literal["soft", "soft_delayed", "hard"]
+Inject = Literal["every", "first"]
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """One step of a neuron, for a membrane ``v``, an input ``x`` and a threshold ``V`` per channel::
+
+        h_t = decay * v_{t-1} + x_t            inject "first": x only at the first step after a reset
+        s_t = fire(h_t / V)                    binary {0, 1}; ternary {-1, 0, 1}; integer {-levels..levels}
+        soft:          v_t = h_t - s_t V
+        soft_delayed:  v_t = h_t, and the next step subtracts s_t V without decay
+        hard:          v_t = v_reset where s_t != 0, else h_t
+
+    Args:
+        fire: the firing function. Binary fires at h >= V, ternary at |h| >= V, integer rounds half away from zero.
+        surrogate_function: derivative of a step at 0, called as ``surrogate_function(h / V - 1)``, returning a step.
+            Integer firing takes the slope of its rectangular window from ``surrogate_slope`` instead.
+        decay: factor on the membrane between steps, > 0 and finite (1 / tau for ATMN).
+        reset: see above; ``v_reset`` belongs to "hard".
+        inject: "every" step, or the "first" alone (MAR, Eq. 1).
+        levels: the largest integer spike, for ``fire="integer"``.
+        detach_reset: no gradient through the spike in the reset.
+    """
+
+    fire: Fire
+    surrogate_function: Callable[[torch.Tensor], torch.Tensor] | None = None
+    decay: float = 1.0
+    reset: Reset = "soft"
+    inject: Inject = "every"
+    levels: int = 1
+    v_reset: float = 0.0
+    detach_reset: bool = False
+    surrogate_slope: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("fire", get_args(Fire)), ("reset", get_args(Reset)), ("inject", get_args(Inject))):
+            if getattr(self, name) not in accepted:
+                raise SpikelmError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
+        if not (isinstance(self.decay, (int, float)) and math.isfinite(self.decay) and self.decay > 0):
+            raise SpikelmError(f"decay must be a finite number > 0; got {self.decay!r}")
+        if not (isinstance(self.levels, int) and self.levels >= 1):
+            raise SpikelmError(f"levels must be an integer >= 1; got {self.levels!r}")
+        if self.fire != "integer" and self.surrogate_function is None:
+            raise SpikelmError(f"fire={self.fire!r} needs a surrogate_function")

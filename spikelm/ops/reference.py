@@ -1,0 +1,96 @@
+"""The definition of every neuron: plain torch, differentiable by autograd. Kernels are tested against this.
+
+All arithmetic is float32 (float64 for float64 input) whatever the storage type; spikes come back in the input's type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spikelm.ops.dynamics import Dynamics
+
+
+class _RoundAndClip(torch.autograd.Function):
+    """Rounds half away from zero and clips to [-levels, levels]; the gradient is ``slope`` where |x| <= levels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, levels: int, slope: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.levels, ctx.slope = levels, slope
+        return (x.sign() * (x.abs() + 0.5).floor()).clamp(-levels, levels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * (x.abs() <= ctx.levels) * ctx.slope, None, None
+
+
+def fire(x: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
+    """Spikes for a membrane in units of the threshold, x = h / V. A NaN never fires."""
+    if dynamics.fire == "integer":
+        spikes = _RoundAndClip.apply(x, dynamics.levels, dynamics.surrogate_slope)
+        return torch.where(x.isnan(), torch.zeros_like(x), spikes)
+    surrogate = dynamics.surrogate_function
+    assert surrogate is not None  # Dynamics refuses this combination
+    if dynamics.fire == "binary":
+        return surrogate(x - 1)
+    return surrogate(x - 1) - surrogate(-x - 1)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type the membrane is kept in for an input of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def step(
+    x: torch.Tensor | None, v: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step. x [N, *] (None: no input in this step), v [N, *] and threshold (broadcast) in the state's type.
+
+    Returns the spikes and the next membrane, both [N, *].
+    """
+    h = v * dynamics.decay
+    if dynamics.reset == "soft_delayed":  # the state is h before its reset, so its spikes are known from it
+        earlier = fire(v / threshold, dynamics)
+        h = h - (earlier.detach() if dynamics.detach_reset else earlier) * threshold
+    if x is not None:
+        h = h + x
+    s = fire(h / threshold, dynamics)
+    spike_of_reset = s.detach() if dynamics.detach_reset else s
+    if dynamics.reset == "soft":
+        return s, h - spike_of_reset * threshold
+    if dynamics.reset == "hard":
+        # The gradient of the product form, without the NaN that inf * 0 would leave.
+        cleared = torch.where(s != 0, torch.zeros_like(h), h)
+        return s, cleared + (dynamics.v_reset - cleared) * spike_of_reset.abs()
+    return s, h
+
+
+def multi_step(
+    x_seq: torch.Tensor, v: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, steps_taken: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All steps of x_seq [T, N, *] from membrane v [N, *]; ``steps_taken`` since the reset decides inject "first".
+
+    Returns (spikes [T, N, *] in x_seq's type, membranes after every step [T, N, *] in the state's type).
+    """
+    spikes, membranes = [], []
+    for t, x in enumerate(x_seq.unbind(0)):
+        skip = dynamics.inject == "first" and steps_taken + t > 0
+        s, v = step(None if skip else x.to(v.dtype), v, threshold, dynamics)
+        spikes.append(s.to(x_seq.dtype))
+        membranes.append(v)
+    if not spikes:
+        return x_seq.new_empty(x_seq.shape), v.new_empty(x_seq.shape)
+    return torch.stack(spikes), torch.stack(membranes)
+
+
+def encode(x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, T: int) -> list[torch.Tensor]:
+    """T frames of a plain x [N, *] injected at t = 0 into a fresh membrane; each [N, *] in the state's type."""
+    v = torch.zeros_like(x, dtype=state_dtype(x.dtype))
+    frames = []
+    for t in range(T):
+        s, v = step(x.to(v.dtype) if t == 0 else None, v, threshold, dynamics)
+        frames.append(s)
+    return frames

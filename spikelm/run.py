@@ -1,0 +1,301 @@
+"""One output directory, one run: stages that are whole or absent, and the errors a user sees."""
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+
+from spikelm import __version__
+from spikelm.errors import SpikelmError
+
+RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+class RunDirectory:
+    """The directory of one run, locked while this object lives; the same configuration resumes it.
+
+    run.json holds the configuration. A finished stage is a directory with a manifest.json that names its files and
+    their sizes; it appears under its own name only when it is whole. Raises SpikelmError when the directory holds
+    a run of another configuration (its place, the field `output_dir`, is not compared), files that are no run's,
+    or is in use by another process.
+    """
+
+    def __init__(self, output_dir: str | Path, config: Mapping[str, Any]) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SpikelmError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: a run directory belongs to a single process")
+        self.root = Path(output_dir)
+        plain: dict[str, Any] = json.loads(json.dumps(config))
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._refuse_unrelated_files()
+            # Held by the open file, so the operating system frees it however the process ends: no stale locks.
+            self._lock = open(self.root / LOCK_FILE, "a")
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise SpikelmError(f"output_dir {self.root} cannot be used: {error.strerror}") from error
+        try:
+            self._open_locked(plain)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open_locked(self, config: dict[str, Any]) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SpikelmError(f"{self.root} is in use by another process that runs there now") from error
+        self.resumed = (self.root / RUN_FILE).exists()
+        if self.resumed:
+            self._refuse_other_config(config)
+        else:
+            write_json(self.root / RUN_FILE, {"config": config})
+        for leftover in self.root.glob(f"*{PARTIAL}"):
+            _remove(leftover)
+
+    def _refuse_unrelated_files(self) -> None:
+        if (self.root / RUN_FILE).exists():
+            return
+        # A process that died between taking the lock and writing run.json leaves these two.
+        own = {LOCK_FILE, RUN_FILE + PARTIAL}
+        others = sorted(entry.name for entry in self.root.iterdir() if entry.name not in own)
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise SpikelmError(f"{self.root} holds files that are no run's ({shown}): choose an empty output_dir")
+
+    def _refuse_other_config(self, config: dict[str, Any]) -> None:
+        try:
+            before = json.loads((self.root / RUN_FILE).read_text(encoding="utf-8"))["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SpikelmError(f"{self.root / RUN_FILE} is damaged: delete {self.root} or choose another") from error
+        difference = first_difference(_without_place(before), _without_place(config))
+        if difference is not None:
+            raise SpikelmError(
+                f"{self.root} already holds another run ({difference}): choose another output_dir or delete this one"
+            )
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the lock; the object is not to be used afterwards."""
+        self._lock.close()
+
+    def path(self, name: str) -> Path:
+        """Where a stage or file of this name lies, existing or not."""
+        return self.root / name
+
+    def is_done(self, stage: str) -> bool:
+        """True when the stage is finished and whole, False when it is absent; SpikelmError when it is damaged."""
+        if not self.path(stage).exists():
+            return False
+        self._manifest(stage)
+        return True
+
+    def stage_record(self, stage: str) -> dict[str, Any]:
+        """The record that finish_stage was given; SpikelmError when the stage is absent or damaged."""
+        record: dict[str, Any] = self._manifest(stage)["record"]
+        return record
+
+    def finish_stage(self, stage: str, write: Callable[[Path], Any], record: Mapping[str, Any]) -> Path:
+        """Let write(directory) fill a partial directory, then put it in place under the stage's name; return that.
+
+        `record` (JSON-able) is kept in the manifest. Nothing is left behind when writing fails.
+        """
+        final = self.path(stage)
+        if final.exists():
+            raise SpikelmError(f"{final} is there already: a finished stage is not overwritten")
+        partial = self.path(stage + PARTIAL)
+        _remove(partial)
+        partial.mkdir()
+        try:
+            write(partial)
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            for path in files:
+                _flush(path)
+            sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+            write_json(partial / MANIFEST, {"stage": stage, "record": dict(record), "files": sizes})
+            os.replace(partial, final)
+        except BaseException:
+            _remove(partial)
+            raise
+        _flush(self.root)
+        return final
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write the file `name` of this run as JSON, whole or not at all."""
+        return write_json(self.path(name), value)
+
+    def read_json(self, name: str) -> Any:
+        """The value written by write_json; SpikelmError when the file is absent or damaged."""
+        try:
+            return json.loads(self.path(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise SpikelmError(f"{self.path(name)} is missing or damaged") from error
+
+    def _manifest(self, stage: str) -> dict[str, Any]:
+        directory = self.path(stage)
+
+        def damaged(what: str) -> SpikelmError:
+            return SpikelmError(f"stage {stage!r} is damaged: {what}; delete {directory} to run it again")
+
+        try:
+            manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            sizes: dict[str, int] = dict(manifest["files"])
+            manifest["record"]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise damaged(f"{MANIFEST} is missing") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(f"{MANIFEST} is not readable") from error
+        for name, size in sizes.items():
+            path = directory / name
+            if not path.is_file():
+                raise damaged(f"{name} is missing")
+            if path.stat().st_size != size:
+                raise damaged(f"{name} has {path.stat().st_size} bytes, {size} were written")
+        return manifest
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> str | None:
+    """ "field=a there, field=b asked" for the first field that differs between two configurations, None when equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            place = f"{name}.{key}" if name else key
+            if key not in before or key not in now:
+                return f"{place} is {'new' if key in now else 'not known any more'}"
+            difference = first_difference(before[key], now[key], place)
+            if difference is not None:
+                return difference
+        return None
+    return None if before == now else f"{name}={_shown(before)} there, {name}={_shown(now)} asked"
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write `value` as JSON to `path`, whole or not at all; SpikelmError for a NaN or an infinite number."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise SpikelmError(f"{path.name} cannot be written: it would hold a NaN or an infinite number") from error
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
+    _flush(path.parent)
+    return path
+
+
+def require_free_space(path: str | Path, needed: int) -> None:
+    """SpikelmError naming needed and free when the disk of `path` (existing or not) has less than `needed` bytes."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise SpikelmError(f"not enough disk space for {path}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+
+
+def command_line(main: Callable[[], Any]) -> NoReturn:
+    """Run an example's main and leave with its exit status: expected failures become one line on stderr.
+
+    0 done, 2 a SpikelmError, 1 no disk space, 130 interrupted; other exceptions keep their traceback.
+    """
+    try:
+        main()
+    except SpikelmError as error:
+        _leave(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted: run the same command again to resume", 130)
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        _leave(f"error: no space left on the disk ({error}): free some and run the same command again to resume", 1)
+    sys.exit(0)
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what a result depends on, and the machine; None for a package that is not installed."""
+    packages = ("torch", "transformers", "spikingjelly", "datasets", "tokenizers", "accelerate", "numpy")
+    found: dict[str, Any] = {"spikelm": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["machine"] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return found
+
+
+def _cpu_name() -> str:
+    cpu_information = Path("/proc/cpuinfo")
+    if cpu_information.exists():
+        for line in cpu_information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an exception, or what it came from, says that the disk is full, in whichever library's words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors quotes the system's words; torch.save names only its zip writer, which fails for want of space.
+        if "No space left on device" in str(error) or "enforce fail at inline_container" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _without_place(config: Any) -> Any:
+    return {key: value for key, value in config.items() if key != "output_dir"} if isinstance(config, dict) else config
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a whole directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file, or a directory's entries, on the disk before anything is renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

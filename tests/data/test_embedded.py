@@ -1,0 +1,124 @@
+"""The embedded text, the tokenizer and the small Llama trained on it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from spikelm.data import (
+    load_contexts,
+    load_teacher,
+    python_documentation,
+    text_contexts,
+    train_teacher,
+    train_tokenizer,
+)
+from spikelm.errors import SpikelmError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def documentation() -> str:
+    return python_documentation()
+
+
+def test_documentation_is_plain_and_large(documentation: str) -> None:
+    assert len(documentation) > 1_500_000
+    assert documentation.isascii()
+    assert 'The "assert" statement' in documentation
+    assert "Text wrapping and filling." in documentation  # the docstring of textwrap
+    paragraphs = documentation.removesuffix("\n\n").split("\n\n")
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+def test_documentation_is_cut_between_paragraphs_and_repeats(documentation: str) -> None:
+    # Past the topics, so that files are read a second time, in the same order.
+    beginning = python_documentation.__wrapped__(600_000)
+    assert 595_000 < len(beginning) <= 600_000
+    assert documentation.startswith(beginning)
+    with pytest.raises(SpikelmError, match="max_bytes is too small"):
+        python_documentation.__wrapped__(3)
+
+
+def test_embedded_source(tokenizer: PreTrainedTokenizerFast, documentation: str) -> None:
+    train, held_out = load_contexts("embedded", tokenizer, 64)
+    _, again = text_contexts(documentation, tokenizer, 64)
+    assert len(held_out) == round(0.05 * (len(train) + len(held_out)))
+    assert held_out[:]["input_ids"] == again[:]["input_ids"]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
+def test_tokenizer_gives_every_text_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tokenizer_saves_and_loads(tokenizer: PreTrainedTokenizerFast, story: str, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = story[:500] + "  na\u00efve \n\n\tend </s>"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 1)
+    assert loaded.model_max_length == 512
+    assert len(loaded) == 300
+    assert train_tokenizer(story, 300)(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_tokenizer_too_small() -> None:
+    with pytest.raises(SpikelmError, match="vocab_size is 200; .* at least 258"):
+        train_tokenizer("text", 200)
+
+
+def test_teacher_learns_and_is_found_whole(tmp_path: Path, story: str) -> None:
+    path = train_teacher(
+        tmp_path / "teacher",
+        story,
+        vocab_size=300,
+        context_length=32,
+        intermediate_size=32,
+        steps=60,
+        learning_rate=1e-2,
+        **SMALL,
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["teacher"]
+    model, tokenizer = load_teacher(path)
+    assert model.config.tie_word_embeddings
+    assert tokenizer.model_max_length == 32
+    _, held_out = text_contexts(story, tokenizer, 32)
+    input_ids = torch.tensor(held_out[:16]["input_ids"])
+    with torch.no_grad():
+        assert model(input_ids=input_ids, labels=input_ids).loss.item() < 3.5  # 5.7 before training
+    with pytest.raises(SpikelmError, match="exists already"):
+        train_teacher(path, story, steps=1)
+
+
+def test_teacher_is_the_same_for_the_same_seed(tmp_path: Path, story: str) -> None:
+    text = story[:20_000]
+    models = []
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        path = train_teacher(tmp_path / name, text, vocab_size=300, context_length=16, steps=2, seed=seed, **SMALL)
+        models.append(load_teacher(path)[0].get_input_embeddings().weight)
+    assert torch.equal(models[0], models[1])
+    assert not torch.equal(models[0], models[2])
+
+
+def test_interrupted_training_leaves_no_teacher(tmp_path: Path, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: transformers.Trainer) -> None:
+        raise KeyboardInterrupt
+
+    text = story[:20_000]
+    target = tmp_path / "runs" / "teacher"
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(target, text, vocab_size=300, context_length=16, steps=2, **SMALL)
+    assert not target.exists()
+    target.mkdir()  # an empty directory is accepted
+    train_teacher(target, text, vocab_size=300, context_length=16, steps=2, **SMALL)
+    assert (target / "config.json").is_file()
+    assert [entry.name for entry in target.parent.iterdir()] == ["teacher"]

@@ -1,0 +1,372 @@
+"""ATMN against the closed forms of its paper and against SpikingJelly's contract."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spikingjelly.activation_based import base, functional, surrogate
+from spikingjelly.activation_based.neuron import BaseNode
+
+from spikelm.errors import SpikelmError
+from spikelm.neurons import ATMN
+
+TAUS = st.floats(1.0, 4.0)
+ANY_TAU = st.floats(0.3, 4.0)
+THRESHOLDS = st.floats(0.05, 5.0)
+STEPS = st.integers(1, 12)
+SEEDS = st.integers(0, 2**31)
+
+
+def inputs(seed: int, threshold: float, count: int = 64) -> torch.Tensor:
+    """Random float64 inputs of about the size of the threshold; ties have probability zero."""
+    return torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 4 * threshold
+
+
+def float64_neuron(**arguments: object) -> ATMN:
+    return ATMN(**arguments).double()
+
+
+def comparators(neuron: ATMN, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sign(x) [|x| >= V sum_{i<=t} tau^i], whether no comparison is closer than rounding can decide)."""
+    powers = torch.tensor([neuron.tau**t for t in range(neuron.T)], dtype=torch.float64)
+    levels = (neuron.v_threshold * powers.cumsum(0))[:, None]
+    clear = ((x.abs() - levels).abs() > 1e-9 * levels).all(0)
+    return x.sign() * (x.abs() >= levels), clear
+
+
+@given(TAUS, THRESHOLDS, STEPS, SEEDS)
+def test_frames_are_ternary_comparators_for_tau_of_at_least_one(tau: float, V: float, T: int, seed: int) -> None:
+    neuron, x = float64_neuron(tau=tau, v_threshold=V, T=T), inputs(seed, V)
+    expected, clear = comparators(neuron, x)
+    assert clear.sum() > 50
+    assert torch.equal(neuron.encode(x)[:, clear], expected[:, clear])
+
+
+@given(TAUS, THRESHOLDS, STEPS, SEEDS)
+def test_spikes_are_a_prefix_of_one_sign_for_tau_of_at_least_one(tau: float, V: float, T: int, seed: int) -> None:
+    neuron, x = float64_neuron(tau=tau, v_threshold=V, T=T), inputs(seed, V)
+    _, clear = comparators(neuron, x)
+    frames = neuron.encode(x)[:, clear]
+    assert torch.equal(frames.abs().cummin(0).values, frames.abs())
+    assert bool(((frames == 0) | (frames == x[clear].sign())).all())
+
+
+def test_no_prefix_for_tau_below_one() -> None:
+    neuron = float64_neuron(tau=0.5, T=4)
+    x = torch.tensor([0.6, 1.1, -1.9], dtype=torch.float64)
+    # 0.6 -> 1.2: spike at t = 1; 1.1: a spike, then .1 .2 .4 .8; -1.9: -.9 -> -1.8, -.8 -> -1.6, -.6 -> -1.2
+    assert neuron.encode(x).T.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [-1, -1, -1, -1]]
+
+
+@given(ANY_TAU, THRESHOLDS, STEPS, SEEDS)
+def test_input_is_recovered_from_frames_and_last_membrane(tau: float, V: float, T: int, seed: int) -> None:
+    neuron, x = float64_neuron(tau=tau, v_threshold=V, step_mode="m"), inputs(seed, V)
+    frames = neuron(x.expand(T, -1))
+    powers = torch.tensor([tau**t for t in range(T)], dtype=torch.float64)[:, None]
+    recovered = neuron.v_threshold * (powers * frames).sum(0) + tau ** (T - 1) * neuron.v
+    # the residual grows to (1 / tau)^T before tau^(T-1) shrinks it again: rounding is relative to the largest part
+    scale = x.abs() + float(V) * powers.sum()
+    assert float(((recovered - x).abs() / scale.detach()).max()) < 1e-10
+
+
+@given(THRESHOLDS, STEPS, SEEDS)
+def test_counts_for_tau_one(V: float, T: int, seed: int) -> None:
+    neuron, x = float64_neuron(tau=1.0, v_threshold=V, T=T), inputs(seed, V)
+    ratio = (x / neuron.v_threshold).detach()
+    clear = (ratio - ratio.round()).abs() > 1e-9
+    expected = x.sign() * ratio.abs().floor().clamp(max=T)
+    assert torch.equal(neuron.encode(x).sum(0)[clear], expected[clear])
+    assert torch.equal(neuron.encode_sum(x)[clear], expected[clear])
+
+
+@given(ANY_TAU, SEEDS)
+def test_odd_symmetry(tau: float, seed: int) -> None:
+    neuron, x = ATMN(tau=tau, T=6), inputs(seed, 1.0).float()
+    assert torch.equal(neuron.encode(-x), -neuron.encode(x))
+    assert torch.equal(neuron.encode_sum(-x), -neuron.encode_sum(x))
+
+
+def test_ties_fire() -> None:
+    assert ATMN(T=3).encode(torch.tensor([1.0, -2.0, 0.0])).T.tolist() == [[1, 0, 0], [-1, -1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("inject", ["first", "every"])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 1.7])
+def test_single_steps_equal_one_multi_step_call_bit_for_bit(dtype: torch.dtype, inject: str, tau: float) -> None:
+    torch.manual_seed(0)
+    x_seq = (3 * torch.randn(7, 5, 6)).to(dtype)
+    neuron = ATMN(tau=tau, num_channels=6, inject=inject)
+    neuron.v_threshold = torch.linspace(0.3, 2.0, 6)
+    one_by_one = torch.stack([neuron(x) for x in x_seq])
+    v = neuron.v
+    functional.reset_net(neuron)
+    neuron.step_mode = "m"
+    together = neuron(x_seq)
+    assert together.dtype == dtype
+    assert torch.equal(one_by_one, together)
+    assert torch.equal(v, neuron.v)
+    assert v.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert neuron.steps_taken == 7
+
+
+def test_a_bfloat16_membrane_would_spike_differently() -> None:
+    """The state is float32: 1 + 2^-9 of residual survives many steps, which bfloat16 would round away."""
+    neuron = ATMN(inject="every", step_mode="m")
+    x_seq = torch.full((257, 1), 2**-8, dtype=torch.bfloat16)
+    assert neuron(x_seq).sum() == 1
+    assert float(neuron.v) == 2**-8
+
+
+@pytest.mark.parametrize("inject", ["first", "every"])
+def test_split_sequences_equal_the_whole(inject: str) -> None:
+    x_seq = 3 * torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(1))
+    neuron = ATMN(tau=1.5, inject=inject, step_mode="m")
+    whole, v = neuron(x_seq), neuron.v
+    neuron.reset()
+    parts = torch.cat([neuron(part) for part in x_seq.split([1, 0, 5, 3])])
+    assert torch.equal(parts, whole)
+    assert torch.equal(neuron.v, v)
+
+
+def test_multi_step_uses_the_first_input_alone() -> None:
+    x_seq = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    neuron = ATMN(step_mode="m", T=4)
+    assert torch.equal(neuron(x_seq), neuron.encode(x_seq[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("frame_weight", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_encode_sum_is_the_weighted_sum_of_encode_bit_for_bit(
+    dtype: torch.dtype, frame_weight: float, tau: float
+) -> None:
+    x = (3 * torch.randn(40, 6, generator=torch.Generator().manual_seed(3))).to(dtype)
+    neuron = ATMN(tau=tau, T=5, num_channels=6, frame_weight=frame_weight)
+    neuron.v_threshold = torch.linspace(0.2, 2.0, 6)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.zeros(x.shape, dtype=state)
+    for t, frame in enumerate(neuron.encode(x)):
+        expected = expected.add(frame.to(state), alpha=frame_weight**t)
+    total = neuron.encode_sum(x)
+    assert total.dtype == dtype
+    assert torch.equal(total, expected.to(dtype))
+
+
+def test_halving_code_reaches_its_stated_precision() -> None:
+    """tau = 0.5 with weights 2^-t codes |x| < 2 V (1 - 2^-T) to V 2^-(T-1)."""
+    T, V = 6, 0.7
+    neuron = ATMN(tau=0.5, frame_weight=0.5, T=T, v_threshold=V).double()
+    x = torch.linspace(-1.9 * V, 1.9 * V, 4001, dtype=torch.float64)
+    assert float((V * neuron.encode_sum(x) - x).abs().max()) <= V * 2 ** -(T - 1) + 1e-6
+
+
+def test_encode_leaves_the_membrane_alone() -> None:
+    neuron, x = ATMN(), torch.randn(3, 4)
+    neuron(x)
+    before = neuron.v.clone()
+    neuron.encode(x)
+    neuron.encode_sum(x)
+    assert torch.equal(neuron.v, before)
+    assert neuron.steps_taken == 1
+
+
+def test_nan_never_fires_and_stays() -> None:
+    neuron = ATMN(step_mode="m")
+    x_seq = torch.tensor([float("nan"), 2.0]).expand(3, 2)
+    assert neuron(x_seq).T.tolist() == [[0, 0, 0], [1, 1, 0]]
+    assert neuron.v.isnan().tolist() == [True, False]
+    assert neuron.encode_sum(x_seq[0]).tolist() == [0, 2]
+    assert neuron.encode(x_seq[0])[:, 0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_infinite_input_fires_at_the_top_level(tau: float) -> None:
+    neuron = ATMN(tau=tau, T=4)
+    x = torch.tensor([float("inf"), -float("inf")])
+    assert neuron.encode_sum(x).tolist() == [4, -4]
+    assert neuron.encode(x).sum(0).tolist() == [4, -4]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_empty_batch_and_no_steps(requires_grad: bool) -> None:
+    neuron = ATMN(num_channels=3, step_mode="m", store_v_seq=True)
+    assert neuron(torch.randn(4, 0, 3, requires_grad=requires_grad)).shape == (4, 0, 3)
+    assert neuron.v.shape == (0, 3)
+    neuron.reset()
+    assert neuron(torch.randn(0, 2, 3, requires_grad=requires_grad)).shape == (0, 2, 3)
+    assert torch.equal(neuron.v, torch.zeros(2, 3))
+    assert neuron.v_seq.shape == (0, 2, 3)
+    x = torch.randn(0, 3, requires_grad=requires_grad)
+    assert neuron.encode(x).shape == (4, 0, 3)
+    total = neuron.encode_sum(x)
+    assert total.shape == (0, 3)
+    if requires_grad:
+        total.sum().backward()
+        assert torch.equal(neuron.a.grad, torch.zeros(3))
+
+
+def test_it_is_a_base_node_in_a_network() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 5), ATMN(num_channels=5), torch.nn.Linear(5, 3), ATMN())
+    assert all(isinstance(network[i], BaseNode) for i in (1, 3))
+    functional.set_step_mode(network, "m")
+    assert [network[i].step_mode for i in (1, 3)] == ["m", "m"]
+    x = torch.randn(2, 4)
+    states = [network[1](torch.randn(3, 2, 5)).shape, network[1].v.shape, network[1].steps_taken]
+    assert states == [(3, 2, 5), (2, 5), 3]
+    functional.reset_net(network)
+    assert network[1].v == 0.0
+    assert network[1].steps_taken == 0
+    functional.set_step_mode(network, "s")
+    assert network(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_detach_net_cuts_the_graph(step_mode: str) -> None:
+    neuron = ATMN(step_mode=step_mode, inject="every")
+    x = torch.randn(2, 3, requires_grad=True)
+    neuron(x if step_mode == "s" else x.expand(3, 2, 3))
+    assert neuron.v.grad_fn is not None
+    v = neuron.v.detach().clone()
+    functional.detach_net(neuron)
+    assert neuron.v.grad_fn is None
+    assert torch.equal(neuron.v, v)
+    neuron.reset()
+    assert neuron.v == 0.0
+
+
+def test_a_new_shape_starts_anew() -> None:
+    neuron = ATMN()
+    neuron(torch.full((2, 3), 5.0))
+    assert neuron(torch.full((4, 3), 5.0)).unique().tolist() == [1.0]  # input enters again
+    assert neuron.v.shape == (4, 3)
+    assert neuron.steps_taken == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["copy", "pickle"])
+def test_copies_are_equal_and_independent(duplicate: object) -> None:
+    neuron = ATMN(tau=0.5, num_channels=3, T=3, frame_weight=0.5, detach_reset=True)
+    x = torch.randn(2, 3)
+    with torch.no_grad():  # torch copies no tensor that has a graph
+        neuron(x)
+    other = duplicate(neuron)
+    assert torch.equal(other(x), neuron(x))
+    assert torch.equal(other.v, neuron.v)
+    assert other.extra_repr() == neuron.extra_repr()
+    other.v_threshold = 3.0
+    assert not torch.equal(other.v_threshold, neuron.v_threshold)
+
+
+@pytest.mark.parametrize("learn_threshold", [True, False])
+def test_state_dict_is_the_threshold_alone(learn_threshold: bool) -> None:
+    neuron = ATMN(num_channels=3, v_threshold=2.0, learn_threshold=learn_threshold)
+    neuron(torch.randn(2, 3))
+    assert list(neuron.state_dict()) == ["a"]
+    assert [name for name, _ in neuron.named_parameters()] == (["a"] if learn_threshold else [])
+    torch.testing.assert_close(neuron.v_threshold, torch.full((3,), 2.0))
+    other = ATMN(num_channels=3, learn_threshold=learn_threshold)
+    other.load_state_dict(neuron.state_dict())
+    assert torch.equal(other.a, neuron.a)
+
+
+def test_store_v_seq_keeps_every_membrane() -> None:
+    x_seq = 3 * torch.randn(4, 2, 3)
+    neuron = ATMN(tau=1.3, step_mode="m", store_v_seq=True)
+    neuron(x_seq)
+    stored = neuron.v_seq
+    single = ATMN(tau=1.3)
+    expected = []
+    for x in x_seq:
+        single(x)
+        expected.append(single.v)
+    assert torch.equal(stored, torch.stack(expected))
+    assert torch.equal(stored[-1], neuron.v)
+    neuron.reset()
+    assert neuron.v_seq is None
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_functional_forward_with_explicit_states(step_mode: str) -> None:
+    neuron = ATMN(tau=1.2, step_mode=step_mode)
+    x = 3 * torch.randn(2, 3) if step_mode == "s" else 3 * torch.randn(4, 2, 3)
+    forward = base.to_functional_forward(neuron)
+    (spikes,), (v, steps_taken) = forward((x,), (torch.zeros(2, 3), 0))
+    assert neuron.v == 0.0  # the module's own state is untouched
+    assert torch.equal(spikes, neuron(x))
+    assert torch.equal(v, neuron.v)
+    assert steps_taken == neuron.steps_taken
+
+
+def test_other_surrogates_drive_the_gradient() -> None:
+    x = torch.randn(5, 3, requires_grad=True)
+    gradients = []
+    for function in (None, surrogate.Sigmoid(alpha=4.0)):
+        ATMN(surrogate_function=function).encode_sum(x).sum().backward()
+        gradients.append(x.grad)
+        x.grad = None
+    assert float(gradients[0].abs().min()) > 0
+    assert not torch.allclose(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tau": 0.0}, "tau must be a finite number > 0; got 0.0"),
+        ({"tau": -1}, "tau must be .*got -1"),
+        ({"tau": float("nan")}, "tau must be .*got nan"),
+        ({"tau": float("inf")}, "tau must be .*got inf"),
+        ({"tau": "1"}, "tau must be .*got '1'"),
+        ({"v_threshold": 0.0}, "v_threshold must be .*got 0.0"),
+        ({"frame_weight": 0}, "frame_weight must be .*got 0"),
+        ({"T": 0}, "T must be an integer >= 1; got 0"),
+        ({"T": 2.0}, "T must be an integer >= 1; got 2.0"),
+        ({"T": True}, "T must be an integer >= 1; got True"),
+        ({"num_channels": 0}, "num_channels must be an integer >= 1; got 0"),
+        ({"inject": "last"}, "inject must be one of every, first; got 'last'"),
+        ({"backend": "cupy9"}, "backend must be one of auto, torch.*; got 'cupy9'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(SpikelmError, match=message):
+        ATMN(**arguments)
+
+
+def test_bad_inputs_are_named() -> None:
+    neuron = ATMN(num_channels=3)
+    for call in (neuron, neuron.encode, neuron.encode_sum):
+        with pytest.raises(SpikelmError, match=r"3 channels on the last axis; got input of shape \(2, 4\)"):
+            call(torch.randn(2, 4))
+        with pytest.raises(SpikelmError, match="floating-point tensor; got torch.int64"):
+            call(torch.ones(2, 3, dtype=torch.long))
+    neuron.step_mode = "m"
+    with pytest.raises(SpikelmError, match=r"x_seq \[T, N, \*\]; got shape \(\)"):
+        neuron(torch.tensor(1.0))
+    with pytest.raises(SpikelmError, match="v_threshold must be > 0; got a smallest value of -1.0"):
+        neuron.v_threshold = torch.tensor([1.0, -1.0, 2.0])
+    with pytest.raises(SpikelmError, match="backend must be one of"):
+        neuron.backend = "nothing"
+    with pytest.raises(ValueError):
+        neuron.step_mode = "x"
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+@pytest.mark.parametrize("call", ["multi_step", "encode_sum"])
+def test_compiles_without_graph_breaks(call: str) -> None:
+    neuron = ATMN(tau=0.5, frame_weight=0.5, num_channels=3, step_mode="m")
+    x = (3 * torch.randn(4, 2, 3)).requires_grad_()
+    function = neuron if call == "multi_step" else neuron.encode_sum
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    result, expected = compiled(x), None
+    neuron.reset()
+    expected = function(x)
+    assert torch.equal(result, expected)
+    for output in (result, expected):
+        neuron.a.grad = None
+        gradients = torch.autograd.grad(output.sum(), [x, neuron.a])
+        if output is result:
+            of_compiled = gradients
+    for one, other in zip(of_compiled, gradients, strict=True):
+        torch.testing.assert_close(one, other)
