@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "calibrate", "spikify"]
 
 if find_spec("transformers") is not None and find_spec("spikingjelly") is not None:
+    import spikelm.checkpoint
     import spikelm.models  # noqa: F401
     from spikelm.calibrate import calibrate
     from spikelm.convert import Recipe, spikify

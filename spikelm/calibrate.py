@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikelm.checkpoint import attach, recipe_of
-from spikelm.convert import fold_threshold, spike_sites
+from spikelm.convert import fold_threshold, recipe_of, remember, spike_sites
 from spikelm.errors import SpikelmError
 from spikelm.layers.spiking_linear import SpikingLinear
 from spikelm.neurons import ATMN
@@ -51,7 +50,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, tokens_
     inputs = _record_inputs(model, batches, tokens_per_site)
     for name, owner in spike_sites(model).items():
         fold_threshold(model, owner, best_threshold(owner.neuron, inputs[name]))
-    attach(model, replace(recipe, calibrated=True))
+    remember(model, replace(recipe, calibrated=True))
 
 
 def best_threshold(neuron: ATMN, x: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,10 @@ class SpikingConfig(QuantizationConfigMixin):
 
     def to_recipe(self) -> Recipe:
         """The recipe; refuses unknown fields and neurons."""
-        return Recipe(**self.recipe)
+        try:
+            return Recipe(**self.recipe)
+        except TypeError as error:
+            raise SpikelmError(f"the checkpoint's recipe does not fit this version of spikelm: {error}") from error
 
 
 @register_quantizer("spikelm")
@@ -64,15 +67,3 @@ class SpikingQuantizer(HfQuantizer):
         for owner in unset.values():
             owner.neuron.v_threshold = recipe.neuron_arguments.get("v_threshold", 1.0)
         return model
-
-
-def attach(model: nn.Module, recipe: Recipe) -> None:
-    """Writes ``recipe`` into the model's configuration."""
-    config: Any = model.config
-    config.quantization_config = SpikingConfig(recipe.to_dict())
-
-
-def recipe_of(model: nn.Module) -> Recipe | None:
-    """The recipe a model was made spiking with; None for a dense model."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config.to_recipe() if isinstance(config, SpikingConfig) else None

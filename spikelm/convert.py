@@ -75,9 +75,9 @@ class Recipe:
     def make_neuron(self, num_channels: int) -> ATMN:
         """A bank of ``num_channels`` neurons."""
         arguments = dict(self.neuron_arguments)
-        if "surrogate_function" in arguments:
-            arguments["surrogate_function"] = _surrogate(arguments["surrogate_function"])
         try:
+            if "surrogate_function" in arguments:
+                arguments["surrogate_function"] = _surrogate(arguments["surrogate_function"])
             return NEURONS[self.neuron](num_channels=num_channels, **arguments)
         except TypeError as error:
             raise SpikelmError(
@@ -110,11 +110,23 @@ def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
             layer = SpikingLinear.from_linear(linear, neuron, shares_with=owner)
             owner = owner or layer
             model.set_submodule(name, layer)
-    if hasattr(model, "config"):
-        from spikelm.checkpoint import attach
-
-        attach(model, recipe)
+    remember(model, recipe)
     return model
+
+
+def remember(model: nn.Module, recipe: Recipe) -> None:
+    """Keeps the recipe with the model, and in its configuration if it is a transformers model."""
+    model._spiking_recipe = recipe  # type: ignore[assignment]  # nn.Module types attributes as tensors or modules
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        from spikelm.checkpoint import SpikingConfig
+
+        config.quantization_config = SpikingConfig(recipe.to_dict())
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe a model was made spiking with; None for a dense model."""
+    return getattr(model, "_spiking_recipe", None)
 
 
 def spike_sites(model: nn.Module) -> dict[str, SpikingLinear]:

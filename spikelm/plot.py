@@ -191,6 +191,28 @@ def firing_heatmap(
     return _save(figure, path)
 
 
+def pareto(
+    curves: Mapping[str, Sequence[tuple[float, float, str]]], path: str | Path, *, x_label: str, y_label: str
+) -> Path:
+    """Cost against quality: one line per name, its points (x, y, label); y on a logarithmic scale. Returns the path."""
+    if not any(curves.values()):
+        raise SpikelmError("pareto needs at least one point")
+    figure = _new_figure(7.0, 4.6)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        x, y, labels = zip(*sorted(points), strict=True)
+        axes.plot(x, y, marker="o", markersize=4, label=name)
+        for position in zip(x, y, labels, strict=True):
+            axes.annotate(position[2], position[:2], textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.set_yscale("log")
+    _plain_log_ticks(axes)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, which="both", color="0.92", linewidth=0.6)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def _layer_and_site(name: str) -> tuple[int | None, str]:
     """("backbone.layers.3.mixer.in_proj") -> (3, "mixer.in_proj"); no numbered part: (None, name)."""
     parts = name.split(".")

@@ -36,6 +36,11 @@ def load_config(config_class: type[Config], preset: str, overrides: Sequence[str
             raise SpikelmError(f"{name} is given twice on the command line")
         given.add(name)
         _set_field(values, name, text)
+    return from_dict(config_class, values)
+
+
+def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The dataclass from nested dicts, as to_dict gives them; the errors of load_config."""
     return typing.cast(Config, _build(config_class, values, "", list(field_names(config_class))))
 
 

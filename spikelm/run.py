@@ -67,12 +67,16 @@ class RunDirectory:
     def _refuse_unrelated_files(self) -> None:
         if (self.root / RUN_FILE).exists():
             return
-        # A process that died between taking the lock and writing run.json leaves these two.
-        own = {LOCK_FILE, RUN_FILE + PARTIAL}
-        others = sorted(entry.name for entry in self.root.iterdir() if entry.name not in own)
+        others = self._others()
         if others:
             shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             raise SpikelmError(f"{self.root} holds files that are no run's ({shown}): choose an empty output_dir")
+
+    def _others(self) -> list[str]:
+        """What the directory holds beside the files of this class."""
+        # A process that died between taking the lock and writing run.json leaves the partial one.
+        own = {LOCK_FILE, RUN_FILE, RUN_FILE + PARTIAL}
+        return sorted(entry.name for entry in self.root.iterdir() if entry.name not in own)
 
     def _refuse_other_config(self, config: dict[str, Any]) -> None:
         try:
@@ -91,6 +95,9 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and not self.resumed and not self._others():
+            # What failed before it made anything is no run: the corrected command may use the same place.
+            _remove(self.root / RUN_FILE)
         self.close()
 
     def close(self) -> None:
@@ -105,12 +112,12 @@ class RunDirectory:
         """True when the stage is finished and whole, False when it is absent; SpikelmError when it is damaged."""
         if not self.path(stage).exists():
             return False
-        self._manifest(stage)
+        stage_manifest(self.path(stage))
         return True
 
     def stage_record(self, stage: str) -> dict[str, Any]:
         """The record that finish_stage was given; SpikelmError when the stage is absent or damaged."""
-        record: dict[str, Any] = self._manifest(stage)["record"]
+        record: dict[str, Any] = stage_manifest(self.path(stage))["record"]
         return record
 
     def finish_stage(self, stage: str, write: Callable[[Path], Any], record: Mapping[str, Any]) -> Path:
@@ -149,27 +156,28 @@ class RunDirectory:
         except (FileNotFoundError, ValueError) as error:
             raise SpikelmError(f"{self.path(name)} is missing or damaged") from error
 
-    def _manifest(self, stage: str) -> dict[str, Any]:
-        directory = self.path(stage)
 
-        def damaged(what: str) -> SpikelmError:
-            return SpikelmError(f"stage {stage!r} is damaged: {what}; delete {directory} to run it again")
+def stage_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished stage; SpikelmError naming the file when one is missing or has another size."""
 
-        try:
-            manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            sizes: dict[str, int] = dict(manifest["files"])
-            manifest["record"]
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise damaged(f"{MANIFEST} is missing") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise damaged(f"{MANIFEST} is not readable") from error
-        for name, size in sizes.items():
-            path = directory / name
-            if not path.is_file():
-                raise damaged(f"{name} is missing")
-            if path.stat().st_size != size:
-                raise damaged(f"{name} has {path.stat().st_size} bytes, {size} were written")
-        return manifest
+    def damaged(what: str) -> SpikelmError:
+        return SpikelmError(f"stage {directory.name!r} is damaged: {what}; delete {directory} to run it again")
+
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = dict(manifest["files"])
+        manifest["record"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise damaged(f"{MANIFEST} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(f"{MANIFEST} is not readable") from error
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            raise damaged(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise damaged(f"{name} has {path.stat().st_size} bytes, {size} were written")
+    return manifest
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:

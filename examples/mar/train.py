@@ -9,6 +9,7 @@ output_dir gets a checkpoint per stage (orientation, alignment, stage1, student)
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 import spikelm
 from spikelm import plot
 from spikelm.data import bytes_per_token, load_contexts, load_teacher, python_documentation, train_teacher
+from spikelm.data.sources import source_names
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
 from spikelm.distill.trainer import train
 from spikelm.errors import SpikelmError
@@ -44,7 +46,7 @@ class EmbeddedTeacher:
     num_hidden_layers: int = 4
     intermediate_size: int = 176
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,20 @@ class Experiment:
         self.tokenizer.save_pretrained(directory)
 
 
+def check(config: Config) -> None:
+    """Refuses now what a later stage would refuse after an hour."""
+    source_names(config.data)
+    config.spiking.neuron.recipe().make_neuron(num_channels=1)
+    spiking_objective(config.spiking)
+    LogitDistillation(**to_dict(config.divergence))
+    if not config.distillation.steps or not config.spiking.optimisation.steps:
+        raise SpikelmError(
+            "distillation.steps and spiking.optimisation.steps must be >= 1; leave a stage out of stages="
+        )
+
+
 def prepare(config: Config, run: RunDirectory) -> Experiment:
     """The teacher, trained first if it is the embedded one, and the packed data."""
-    set_seed(config.seed)
     path = config.teacher
     if path == "embedded":
         path = str(run.path("teacher"))
@@ -224,6 +237,7 @@ def prepare(config: Config, run: RunDirectory) -> Experiment:
         streaming=config.streaming, max_tokens=config.max_tokens,
     )  # fmt: skip
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    set_seed(config.seed)  # after the teacher, so that a run that finds one there starts like the run that trained it
     return Experiment(config, run, teacher, tokenizer, train_data, held_out, bytes_per_token(held_out, tokenizer))
 
 
@@ -262,12 +276,9 @@ def stage2(experiment: Experiment, dense: PreTrainedModel) -> PreTrainedModel | 
     config = experiment.config.spiking
 
     def build() -> tuple[PreTrainedModel, dict[str, Any]]:
-        student = AutoModelForCausalLM.from_pretrained(experiment.run.path("stage1")).to(dense.device)
-        spikelm.spikify(student, config.neuron.recipe())
-        rows = batches(first_rows(experiment.train_data, config.calibration_contexts), 16)
-        spikelm.calibrate(student, ({"input_ids": ids.to(dense.device)} for ids in rows))
+        student = spiking_student(experiment, dense, config.neuron.recipe())
         converted = experiment.evaluate(student)
-        objective = SBDS(config.alpha, config.beta, config.feature_weight, config.taps, config.chunk_size)
+        objective = spiking_objective(config)
         teacher = dense.requires_grad_(False) if config.teacher == "stage1" else experiment.teacher
         record = experiment.train("student", student, teacher, objective, optimisation=config.optimisation)
         return student, record | {"at_conversion": converted}
@@ -275,9 +286,18 @@ def stage2(experiment: Experiment, dense: PreTrainedModel) -> PreTrainedModel | 
     return experiment.stage("student", build)
 
 
-def first_rows(dataset: Any, count: int) -> Any:
-    """The first rows of a packed dataset, streamed or not."""
-    return list(dataset.take(count))
+def spiking_objective(config: Spiking) -> SBDS:
+    """The loss of stage 2."""
+    return SBDS(config.alpha, config.beta, config.feature_weight, config.taps, config.chunk_size)
+
+
+def spiking_student(experiment: Experiment, dense: PreTrainedModel, recipe: spikelm.Recipe) -> PreTrainedModel:
+    """A copy of the dense model with neurons, their thresholds calibrated on the first training contexts."""
+    student = copy.deepcopy(dense).requires_grad_(True)
+    spikelm.spikify(student, recipe)
+    rows = list(experiment.train_data.take(experiment.config.spiking.calibration_contexts))
+    spikelm.calibrate(student, ({"input_ids": ids.to(dense.device)} for ids in batches(rows, 16)))
+    return student
 
 
 def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
@@ -338,6 +358,7 @@ def main() -> None:
     """Read the configuration, run the stages that are asked for, report."""
     config = config_from_command_line(Config, PRESETS, description=str(__doc__), default_preset="tiny")
     identity = to_dict(replace(config, stages=list(STAGES)))  # one run may do its stages one at a time
+    check(config)
     with RunDirectory(config.output_dir, identity) as run:
         experiment = prepare(config, run)
         models = {"teacher": experiment.teacher}
@@ -347,6 +368,8 @@ def main() -> None:
             student = stage2(experiment, dense)
             if student is not None:
                 models["student"] = student
+        elif "student" in config.stages:
+            raise SpikelmError("the student needs stage1: run it first, or leave student out of stages=")
         print_table(report(experiment, models))
         say(f"written: {run.path('metrics.json')}")
 

@@ -150,7 +150,7 @@ def train_teacher(
     intermediate_size: int = 176,
     steps: int,
     batch_size: int = 16,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 6e-3,
     held_out: float = 0.05,
     seed: int = 0,
 ) -> Path:
@@ -199,7 +199,9 @@ def _train(
     model: Any, contexts: Any, output_dir: Path, steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> None:
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import ProgressCallback, Trainer, TrainingArguments
+
+    from spikelm.distill.callbacks import LossOnBar
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         input_ids = torch.tensor([row["input_ids"] for row in rows])
@@ -220,4 +222,7 @@ def _train(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
-    Trainer(model=model, args=arguments, train_dataset=contexts, data_collator=collate).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=contexts, data_collator=collate)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(LossOnBar())
+    trainer.train()

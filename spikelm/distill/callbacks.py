@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spikelm.distill.checkpoints import write_text_atomically
 
@@ -67,6 +67,21 @@ class MetricsFile(TrainerCallback):
         line = {"step": state.global_step, **logs, "wall_s": round(time.perf_counter() - self._start, 3)}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+class LossOnBar(ProgressCallback):
+    """transformers' progress bar with the loss behind it, on stderr, instead of a line on stdout at every log."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
 
 
 class StopAtStepEnd(TrainerCallback):

@@ -14,8 +14,8 @@ from spikelm.neurons import ATMN
 class SpikingLinear(nn.Linear):
     """y = W n(x) + b, with n(x) the weighted sum of the frames that ``neuron`` makes of x [*, in_features].
 
-    Several projections of one input share a bank of neurons: the first holds it as its submodule
-    , the others refer to it, so a state dict names it once.
+    Several projections of one input share a bank of neurons: the first holds it as its submodule,
+    the others refer to it, so a state dict names it once.
 
     Attributes:
         neuron: the bank, ``in_features`` channels.
@@ -38,7 +38,7 @@ class SpikingLinear(nn.Linear):
         else:
             shares_with._consumers += 1
         self._consumers = 1
-        self._held: tuple[torch.Tensor, torch.Tensor, bool, int] | None = None
+        self._held: tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, neuron: ATMN, shares_with: SpikingLinear | None = None) -> SpikingLinear:
@@ -69,11 +69,13 @@ class SpikingLinear(nn.Linear):
         if self._consumers == 1 or torch.compiler.is_compiling():
             return self.neuron.encode_sum(x)
         held = self._held  # one read: another thread may replace it
-        if held is not None and held[0] is x and held[2] == torch.is_grad_enabled():
+        # versions, because a projection called alone leaves its encoding behind while x or a may change in place
+        stamp = (torch.is_grad_enabled(), *(m._version for m in (x, self.neuron.a) if not m.is_inference()))
+        if held is not None and held[0] is x and held[2] == stamp:
             self._held = (*held[:3], held[3] - 1) if held[3] > 1 else None
             return held[1]
         encoded = self.neuron.encode_sum(x)
-        self._held = (x, encoded, torch.is_grad_enabled(), self._consumers - 1)
+        self._held = (x, encoded, stamp, self._consumers - 1)
         return encoded
 
     def __getstate__(self) -> dict[str, Any]:

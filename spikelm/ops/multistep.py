@@ -17,8 +17,7 @@ def encode_sum(
 ) -> torch.Tensor:
     """sum_t frame_weight**t s_t over the T frames of x [N, *]: shape and dtype of x."""
     derivative = derivative_of(dynamics.surrogate_function)
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or threshold.requires_grad)
-    if dynamics.fire == "ternary" and dynamics.reset == "soft" and (derivative is not None or not needs_gradient):
+    if dynamics.fire == "ternary" and dynamics.reset == "soft" and derivative is not None:
         return _TernaryEncodeSum.apply(x, threshold, dynamics, T, frame_weight, derivative)
     total = torch.zeros_like(x, dtype=reference.state_dtype(x.dtype))
     for t, frame in enumerate(reference.encode(x, threshold, dynamics, T)):
@@ -42,7 +41,7 @@ class _TernaryEncodeSum(torch.autograd.Function):
         dynamics: Dynamics,
         T: int,
         frame_weight: float,
-        derivative: Callable[[torch.Tensor], torch.Tensor] | None,
+        derivative: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         keep = any(ctx.needs_input_grad)
         h = x.to(reference.state_dtype(x.dtype))

@@ -68,8 +68,8 @@ def test_input_is_recovered_from_frames_and_last_membrane(tau: float, V: float, 
     powers = torch.tensor([tau**t for t in range(T)], dtype=torch.float64)[:, None]
     recovered = neuron.v_threshold * (powers * frames).sum(0) + tau ** (T - 1) * neuron.v
     # the residual grows to (1 / tau)^T before tau^(T-1) shrinks it again: rounding is relative to the largest part
-    scale = x.abs() + float(V) * powers.sum()
-    assert float(((recovered - x).abs() / scale.detach()).max()) < 1e-10
+    scale = x.abs() + V * powers.sum()
+    assert bool(((recovered - x).abs() < 1e-10 * scale).all())
 
 
 @given(THRESHOLDS, STEPS, SEEDS)
@@ -118,7 +118,7 @@ def test_a_bfloat16_membrane_would_spike_differently() -> None:
     neuron = ATMN(inject="every", step_mode="m")
     x_seq = torch.full((257, 1), 2**-8, dtype=torch.bfloat16)
     assert neuron(x_seq).sum() == 1
-    assert float(neuron.v) == 2**-8
+    assert neuron.v.tolist() == [2**-8]
 
 
 @pytest.mark.parametrize("inject", ["first", "every"])
@@ -161,7 +161,7 @@ def test_halving_code_reaches_its_stated_precision() -> None:
     T, V = 6, 0.7
     neuron = ATMN(tau=0.5, frame_weight=0.5, T=T, v_threshold=V).double()
     x = torch.linspace(-1.9 * V, 1.9 * V, 4001, dtype=torch.float64)
-    assert float((V * neuron.encode_sum(x) - x).abs().max()) <= V * 2 ** -(T - 1) + 1e-6
+    assert bool(((V * neuron.encode_sum(x) - x).abs() <= V * 2 ** -(T - 1) + 1e-6).all())
 
 
 def test_encode_leaves_the_membrane_alone() -> None:

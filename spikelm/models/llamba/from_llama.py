@@ -17,10 +17,6 @@ SILU_ONE = 1.2784645  # silu(SILU_ONE) = 1: the gate starts open
 
 def config_from_llama(llama: LlamaConfig, ssm_cfg: dict[str, Any], config_class: type[LlambaConfig]) -> LlambaConfig:
     """The Llamba of the same width, depth, vocabulary and heads."""
-    if getattr(llama, "model_type", None) != "llama":
-        raise SpikelmError(
-            f"from_llama takes a LlamaForCausalLM; got a model of type {getattr(llama, 'model_type', None)!r}"
-        )
     heads, head_dim = llama.num_attention_heads, llama.head_dim or llama.hidden_size // llama.num_attention_heads
     if heads * head_dim != llama.hidden_size or llama.attention_bias or llama.hidden_act != "silu":
         raise SpikelmError(

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from spikelm.errors import SpikelmError
 from spikelm.layers.discrete_mamba2 import DiscreteMamba2
 from spikelm.models.llamba.cache import LlambaCache
 from spikelm.models.llamba.configuration_llamba import LlambaConfig
@@ -152,6 +153,8 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         Embedding, norms, MLP and head are copied; the mixer takes x <- V, B <- K, C <- Q, out_proj <- O (MOHAWK), with
         an identity convolution and gate [ours]. ``ssm_cfg`` overrides DiscreteMamba2's arguments.
         """
+        if not isinstance(teacher, LlamaForCausalLM):
+            raise SpikelmError(f"from_llama takes a LlamaForCausalLM; got a {type(teacher).__name__}")
         student: Any = cls(config_from_llama(teacher.config, ssm_cfg, LlambaConfig))
         copy_weights(teacher, student)
         return student.to(teacher.device, teacher.dtype).train(teacher.training)

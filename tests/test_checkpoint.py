@@ -1,0 +1,211 @@
+"""Spiking models through save_pretrained and from_pretrained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from spikelm import Recipe, calibrate, spikify
+from spikelm.checkpoint import SpikingConfig
+from spikelm.convert import recipe_of, spike_sites
+from spikelm.errors import SpikelmError
+from spikelm.layers import SpikingLinear
+from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def spiking_llamba(**neuron_arguments: object) -> LlambaForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlambaConfig(
+            vocab_size=64,
+            d_model=32,
+            n_layer=2,
+            initializer_range=0.2,
+            mlp_cfg={"intermediate_size": 48},
+            ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8},
+        )
+        model = LlambaForCausalLM(config).eval()
+    spikify(model, Recipe.preset("mar", **neuron_arguments))
+    calibrate(model, [{"input_ids": tokens()}])
+    return model
+
+
+def spiking_llama(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    for parameter in tiny_llama.parameters():
+        parameter.data.mul_(4 if parameter.dim() == 2 else 1)  # so that its text varies
+    spikify(tiny_llama, Recipe.preset("llama", tau=0.5, frame_weight=0.5))
+    calibrate(tiny_llama, [{"input_ids": tokens()}])
+    return tiny_llama
+
+
+def greedy(model: PreTrainedModel) -> torch.Tensor:
+    return model.generate(tokens(), min_new_tokens=10, max_new_tokens=10, do_sample=False, pad_token_id=0)
+
+
+LOAD = """
+import sys, torch, spikelm
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.load(sys.argv[1])
+    out = model.generate(ids, min_new_tokens=10, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    print(type(model).__name__, out.tolist())
+"""
+
+
+def test_a_new_process_gives_the_same_greedy_tokens(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM, repository: Path
+) -> None:
+    models = {"llamba": spiking_llamba(tau=0.5, frame_weight=0.5), "llama": spiking_llama(tiny_llama)}
+    torch.save(tokens(), tmp_path / "tokens.pt")
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "tokens.pt"), *(str(tmp_path / name) for name in models)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for line, model in zip(done.stdout.splitlines(), models.values(), strict=True):
+        kind, _, generated = line.partition(" ")
+        assert kind == type(model).__name__
+        assert json.loads(generated) == greedy(model).tolist()
+        assert len(greedy(model)[0, 12:].unique()) > 2
+
+
+@pytest.mark.parametrize("learn_threshold", [True, False])
+def test_everything_comes_back(tmp_path: Path, learn_threshold: bool) -> None:
+    model = spiking_llamba(
+        tau=0.5,
+        frame_weight=0.5,
+        T=3,
+        surrogate_function={"name": "Sigmoid", "alpha": 3.0},
+        learn_threshold=learn_threshold,
+    )
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert recipe_of(loaded).to_dict() == recipe_of(model).to_dict()
+    assert recipe_of(loaded).calibrated
+    state = loaded.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    for name, owner in spike_sites(model).items():
+        assert spike_sites(loaded)[name].neuron.extra_repr() == owner.neuron.extra_repr()
+    mlp = loaded.backbone.layers[0].mlp
+    assert mlp.up_proj.neuron is mlp.gate_proj.neuron
+
+
+def test_a_second_round_trip(tmp_path: Path) -> None:
+    model = spiking_llamba()
+    model.save_pretrained(tmp_path / "one")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(SpikelmError, match="calibrated already"):
+        calibrate(again, [{"input_ids": tokens()}])
+
+
+def test_the_recipe_is_plain_json_in_the_configuration(tmp_path: Path) -> None:
+    model = spiking_llamba(tau=0.5)
+    model.save_pretrained(tmp_path)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert entry["quant_method"] == "spikelm"
+    assert entry["recipe"] == json.loads(json.dumps(recipe_of(model).to_dict()))
+    assert entry["recipe"]["neuron_arguments"] == {"tau": 0.5}
+
+
+def test_it_trains_after_loading(tmp_path: Path) -> None:
+    spiking_llamba().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens()]
+    Trainer(model, arguments, train_dataset=rows).train()
+    unchanged = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert not unchanged
+
+
+def saved(directory: Path) -> Path:
+    spiking_llamba().save_pretrained(directory)
+    return directory / "model.safetensors"
+
+
+def test_missing_thresholds_are_an_error(tmp_path: Path) -> None:
+    """Their memory would be uninitialised."""
+    path = saved(tmp_path)
+    state = load_file(path)
+    del state["backbone.layers.1.mlp.gate_proj.neuron.a"]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(SpikelmError, match="no thresholds .* for backbone.layers.1.mlp.gate_proj$"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_dense_weights_with_a_recipe_start_at_its_threshold(tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
+    tiny_llama.save_pretrained(tmp_path)
+    recipe = Recipe.preset("llama", v_threshold=0.5)
+    config = SpikingConfig(recipe.to_dict())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    expected = spikify(tiny_llama, recipe)
+    torch.testing.assert_close(model(tokens()).logits, expected(tokens()).logits)
+    assert all(bool((owner.neuron.v_threshold == 0.5).all()) for owner in spike_sites(model).values())
+    calibrate(model, [{"input_ids": tokens()}])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty", "absent"])
+def test_a_damaged_file_is_an_error(tmp_path: Path, damage: str) -> None:
+    path = saved(tmp_path)
+    content = path.read_bytes()
+    damaged = {"truncated": content[: len(content) // 2], "header": b"\xff" * 64 + content[64:], "empty": b""}
+    path.unlink() if damage == "absent" else path.write_bytes(damaged[damage])
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|model\.safetensors|deserializ"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neuron": "Unknown"}, "neuron must be one of .*got 'Unknown'"),
+        ({"colour": "red"}, "recipe does not fit this version of spikelm: .*colour"),
+        ({"sites": {"x": ["*.absent"]}}, r"pattern '\*.absent' matches no nn.Linear"),
+        ({"neuron_arguments": {"tau": 0}}, "tau must be a finite number > 0"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_named(tmp_path: Path, changes: dict, message: str) -> None:
+    saved(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["recipe"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(SpikelmError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_dense_model_has_no_recipe(tiny_llama: LlamaForCausalLM) -> None:
+    assert recipe_of(tiny_llama) is None
+    assert recipe_of(torch.nn.Linear(2, 2)) is None
+
+
+def test_loading_in_bfloat16(tmp_path: Path) -> None:
+    model = spiking_llamba()
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(module.weight.dtype == torch.bfloat16 for module in half.modules() if isinstance(module, SpikingLinear))
+    assert half(tokens()).logits.dtype == torch.bfloat16
+    assert greedy(half).shape == (2, 22)
