@@ -22,7 +22,7 @@ from train import Config, Experiment, Optimisation, prepare, spiking_student
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from spikelm import plot
-from spikelm.convert import NEURONS
+from spikelm.convert import NEURONS, Recipe
 from spikelm.distill import SBDS
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import evaluate, firing_statistics
@@ -50,7 +50,7 @@ class Ablation:
 
     run: str
     output_dir: str
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the four rows of Table 2
     T: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     optimisation: Optimisation = Optimisation(steps=300, learning_rate=2e-3)
 
@@ -109,14 +109,18 @@ def train_row(
     """One student, from calibration to its held-out figures."""
     set_seed(row.seed)
     experiment = replace(experiment, config=replace(experiment.config, seed=row.seed))
-    neuron = replace(experiment.config.spiking.neuron, **row.neuron)
-    student = spiking_student(experiment, dense, neuron.recipe())
+    student = spiking_student(experiment, dense, recipe_of_row(experiment, row))
     objective = SBDS(row.alpha, row.beta, row.feature_weight, row.taps)
     experiment.train(name, student, dense, objective, optimisation=ablation.optimisation)
     firing = firing_statistics(student, experiment.held_out)
     to_llama, to_stage1 = (evaluate(student, experiment.held_out, teacher=t) for t in (experiment.teacher, dense))
     figures = to_llama | {"kl_to_stage1": to_stage1["kl_to_teacher"]} | firing
     return {column: figures[column] for column in COLUMNS}
+
+
+def recipe_of_row(experiment: Experiment, row: Row) -> Recipe:
+    """The run's neuron with what the row changes of it."""
+    return replace(experiment.config.spiking.neuron, **row.neuron).recipe()
 
 
 def load_experiment(ablation: Ablation, run: RunDirectory) -> tuple[Experiment, PreTrainedModel]:
@@ -137,7 +141,7 @@ def summarise(rows: dict[str, list[tuple[Row, dict[str, float]]]]) -> str:
     """Markdown: one line per row, seeds as mean +- standard deviation."""
     lines = []
     for title, results in rows.items():
-        lines += [f"## {title}", "", "| row | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        lines += [f"### {title}", "", "| row | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
         for name in dict.fromkeys(row.name for row, _ in results):
             figures = [figures for row, figures in results if row.name == name]
             lines.append(f"| {name} | " + " | ".join(spread([f[column] for f in figures]) for column in COLUMNS) + " |")
@@ -166,6 +170,8 @@ def main() -> None:
     with RunDirectory(ablation.output_dir, to_dict(ablation)) as run:
         experiment, dense = load_experiment(ablation, run)
         plan = tables(ablation)
+        for row in (row for rows in plan.values() for row in rows):
+            recipe_of_row(experiment, row).make_neuron(num_channels=1)  # refuses a bad T now, not rows later
         done: dict[str, dict[str, float]] = {}
         for row in tqdm([row for rows in plan.values() for row in rows], desc="rows"):
             if row.key not in done:

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 import spikelm
 from spikelm import plot
-from spikelm.data import bytes_per_token, load_contexts, load_teacher, python_documentation, train_teacher
+from spikelm.convert import recipe_of, spike_sites
+from spikelm.data import bytes_per_token, load_contexts, load_teacher, load_whole, python_documentation, train_teacher
 from spikelm.data.sources import source_names
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
 from spikelm.distill.trainer import train
@@ -124,6 +125,7 @@ class Config:
 
     output_dir: str
     teacher: str = "embedded"
+    stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one
     data: str = "embedded"
     text_field: str | None = None
     streaming: bool = False
@@ -210,9 +212,7 @@ def check(config: Config) -> None:
     spiking_objective(config.spiking)
     LogitDistillation(**to_dict(config.divergence))
     if not config.distillation.steps or not config.spiking.optimisation.steps:
-        raise SpikelmError(
-            "distillation.steps and spiking.optimisation.steps must be >= 1; leave a stage out of stages="
-        )
+        raise SpikelmError("distillation.steps and spiking.optimisation.steps must be >= 1; stages= leaves stages out")
 
 
 def prepare(config: Config, run: RunDirectory) -> Experiment:
@@ -242,8 +242,10 @@ def prepare(config: Config, run: RunDirectory) -> Experiment:
 
 
 def stage1(experiment: Experiment) -> PreTrainedModel | None:
-    """Llama -> Mamba-2 in MOHAWK's three steps; each starts from the last one there is."""
+    """Llama -> Mamba-2 in MOHAWK's three steps, each from the last one there is; or the Llamba that is given."""
     config, teacher = experiment.config, experiment.teacher
+    if config.stage1 is not None:
+        return load_llamba(config.stage1, teacher)
     model: PreTrainedModel | None = None
     steps: list[tuple[str, Optimisation, Any, list[str] | None]] = [
         ("orientation", config.orientation, MatrixOrientation(), ["*.mixer.*"]),
@@ -269,6 +271,18 @@ def stage1(experiment: Experiment) -> PreTrainedModel | None:
 
         model = experiment.stage(name, build) or model
     return model if experiment.run.is_done("stage1") else None
+
+
+def load_llamba(path: str, teacher: PreTrainedModel) -> PreTrainedModel:
+    """A dense Llamba with the vocabulary of the teacher."""
+    dense = load_whole(LlambaForCausalLM, path, "stage1")
+    spiking = " and is spiking" if recipe_of(dense) else ""
+    if spiking or dense.config.vocab_size != teacher.config.vocab_size:
+        raise SpikelmError(
+            f"stage1 must be a dense Llamba with the teacher's vocabulary of {teacher.config.vocab_size}; {path} has "
+            f"{dense.config.vocab_size}{spiking}"
+        )
+    return dense.to(teacher.device).eval()
 
 
 def stage2(experiment: Experiment, dense: PreTrainedModel) -> PreTrainedModel | None:
@@ -325,7 +339,7 @@ def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[s
 @torch.no_grad()
 def draw_raster(student: PreTrainedModel, ids: list[int], tokenizer: Any, path: Path) -> None:
     """The spikes of one bank of neurons over a sentence."""
-    name, owner = list(spikelm.convert.spike_sites(student).items())[0]
+    name, owner = list(spike_sites(student).items())[0]
     seen: list[torch.Tensor] = []
     handle = owner.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     student(torch.tensor([ids], device=student.device))

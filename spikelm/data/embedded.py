@@ -199,9 +199,9 @@ def _train(
     model: Any, contexts: Any, output_dir: Path, steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> None:
     import torch
-    from transformers import ProgressCallback, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    from spikelm.distill.callbacks import LossOnBar
+    from spikelm.distill.callbacks import loss_on_bar
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         input_ids = torch.tensor([row["input_ids"] for row in rows])
@@ -223,6 +223,5 @@ def _train(
         seed=seed,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=contexts, data_collator=collate)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(LossOnBar())
-    trainer.train()
+    with loss_on_bar(trainer):
+        trainer.train()

@@ -14,28 +14,34 @@ def load_teacher(path_or_hub_id: str | Path) -> "tuple[PreTrainedModel, PreTrain
     """(model, tokenizer); the model in float32, eval mode and frozen.
 
     SpikelmError when nothing is found, the model is no causal LM, weights are missing, there is no tokenizer, or the
-    tokenizer has more tokens than
-    the model.
+    tokenizer has more tokens than the model.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     name = str(path_or_hub_id)
     _check_causal(name)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # damaged weights raise the classes of several libraries; the cause stays chained
-        raise SpikelmError(f"teacher {name}: its weights cannot be loaded: {_reason(error)}") from error
-    model, loading = loaded
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise SpikelmError(f"teacher {name} lacks {len(missing)} of its weights, {missing[0]} among them")
+    model = load_whole(AutoModelForCausalLM, name, "teacher")
     tokenizer = _load_tokenizer(name)
     try:
         check_tokenizer(tokenizer, model.config.vocab_size)
     except SpikelmError as error:
         raise SpikelmError(f"teacher {name}: {error}") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_whole(model_class: Any, path_or_hub_id: str, role: str) -> "PreTrainedModel":
+    """model_class.from_pretrained in float32; SpikelmError, naming the `role`, unless every weight is there."""
+    import torch
+
+    try:
+        loaded: Any = model_class.from_pretrained(path_or_hub_id, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # damaged weights raise the classes of several libraries; the cause stays chained
+        raise SpikelmError(f"{role} {path_or_hub_id}: its weights cannot be loaded: {_reason(error)}") from error
+    model, loading = loaded
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise SpikelmError(f"{role} {path_or_hub_id} lacks {len(missing)} of its weights, {missing[0]} among them")
+    return model
 
 
 def _check_causal(name: str) -> None:

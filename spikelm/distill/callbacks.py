@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spikelm.distill.checkpoints import write_text_atomically
 
@@ -82,6 +82,22 @@ class LossOnBar(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and logs is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
+
+
+@contextmanager
+def loss_on_bar(trainer: Trainer) -> Iterator[None]:
+    """LossOnBar in place of the bar of `trainer`, if it shows one. A training that fails within the context has its bar
+    closed, so that the message about it stands on a line of its own.
+    """
+    bar = None
+    if trainer.pop_callback(ProgressCallback) is not None:
+        bar = LossOnBar()
+        trainer.add_callback(bar)
+    try:
+        yield
+    finally:
+        if bar is not None and bar.training_bar is not None:
+            bar.training_bar.close()
 
 
 class StopAtStepEnd(TrainerCallback):

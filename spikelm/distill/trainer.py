@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from spikelm.distill.callbacks import LossOnBar, MetricsFile, StopAtStepEnd, last_metrics
+from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics, loss_on_bar
 from spikelm.distill.checkpoints import checkpoint_step, checkpoints, keep_latest, latest_checkpoint, mark_complete
 from spikelm.distill.objectives import Objective, batch_mask
 from spikelm.distill.parameters import only_trainable, parameter_groups
@@ -298,8 +298,6 @@ def train(
             train_dataset=dataset,
             callbacks=[MetricsFile(output_dir / "log.jsonl"), stop, *callbacks],
         )
-        if trainer.pop_callback(ProgressCallback) is not None:
-            trainer.add_callback(LossOnBar())
         if checkpoint is not None and checkpoint_step(checkpoint) == steps:
             trainer._load_from_checkpoint(str(checkpoint))
         else:
@@ -313,7 +311,7 @@ def _run(trainer: DistillationTrainer, checkpoint: Path | None, stop: StopAtStep
     student: Any = trainer.student
     was_training = student.training
     try:
-        with stop.handling_interrupts(trainer.args.world_size):
+        with stop.handling_interrupts(trainer.args.world_size), loss_on_bar(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

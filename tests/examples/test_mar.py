@@ -108,35 +108,50 @@ def test_stages_one_at_a_time_give_the_same_student(
         assert all(torch.equal(value, found[name]) for name, value in expected.items()), stage
 
 
+LOAD_AND_GENERATE = """
+import sys, spikelm
+from spikelm.convert import spike_sites
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert len(spike_sites(model)) == 8
+ids = tokenizer("<s>The cat", add_special_tokens=False, return_tensors="pt")
+tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)[0]
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+print(model.generate(**ids, max_new_tokens=24, do_sample=False, no_repeat_ngram_size=1)[0].tolist())
+"""
+
+
 def test_the_student_loads_in_a_new_process_and_says_the_same(finished: Path) -> None:
-    script = (
-        "import sys, spikelm\n"
-        "from spikelm.convert import spike_sites\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert len(spike_sites(model)) == 8\n"
-        "ids = tokenizer('<s>The cat', add_special_tokens=False, return_tensors='pt')\n"
-        "tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)[0]\n"
-        "print(tokens.tolist(), tokenizer.decode(tokens, skip_special_tokens=True), sep='\\n')\n"
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     result = subprocess.run(
-        [sys.executable, "-c", script, str(finished / "student")],
+        [sys.executable, "-c", LOAD_AND_GENERATE, str(finished / "student")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    tokens, text = result.stdout.split("\n", 1)
-    assert text.removesuffix("\n") == metrics_of(finished)["student"]["sample"]
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    *text, tokens = result.stdout.removesuffix("\n").split("\n")
+    assert "\n".join(text) == metrics_of(finished)["student"]["sample"], "what the model said before it was saved"
 
     model = AutoModelForCausalLM.from_pretrained(finished / "student").eval()
     ids = AutoTokenizer.from_pretrained(finished / "student")("<s>The cat", return_tensors="pt")["input_ids"]
-    for _ in range(8):  # without a cache
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    for _ in range(24):  # without a cache; a model trained for seconds would repeat itself
+        logits = model(ids).logits[0, -1].index_fill(0, ids[0], -math.inf)
+        ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
     assert ids[0].tolist() == json.loads(tokens)
+
+
+def test_a_given_stage1_leads_to_the_same_student(
+    mar: Any, finished: Path, same_teacher: dict[str, Any], tmp_path: Path, weights: Callable[..., Any]
+) -> None:
+    assert mar.run(tmp_path / "run", same_teacher | {"stage1": finished / "stage1"}) == 0
+    assert not (tmp_path / "run" / "stage1").exists()
+    expected, found = weights(finished / "student"), weights(tmp_path / "run" / "student")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    before, after = metrics_of(finished), metrics_of(tmp_path / "run")
+    assert after["stage1"] == before["stage1"] and after["student"] == before["student"]
 
 
 def test_a_run_without_its_earlier_stage_is_refused(

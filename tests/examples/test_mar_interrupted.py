@@ -180,7 +180,7 @@ def test_a_teacher_that_is_no_causal_model_is_named(
 ) -> None:
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    config = BertConfig(300, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path / "bert")
     AutoTokenizer.from_pretrained(finished / "teacher").save_pretrained(tmp_path / "bert")
     assert mar.run(tmp_path / "run", {"teacher": tmp_path / "bert"}) == 2
@@ -201,6 +201,34 @@ def test_a_tokenizer_that_does_not_fit_the_teacher_names_both_sizes(
     assert mar.run(tmp_path / "run", {"teacher": tmp_path / "small"}) == 2
     line = error_line(capfd)
     assert "300" in line and "200" in line
+    refuse_nothing_afterwards(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("nowhere", "no Llamba"),
+        ("teacher", "lacks backbone"),
+        ("student", "is spiking"),
+        ("torn", "no Llamba"),
+    ],
+)
+def test_a_stage1_that_is_no_dense_llamba_is_one_line(
+    place: str,
+    named: str,
+    mar: Any,
+    finished: Path,
+    same_teacher: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    given = finished / place
+    if place == "torn":
+        given = shutil.copytree(finished / "stage1", tmp_path / "torn")
+        os.truncate(given / "model.safetensors", 1000)
+    assert mar.run(tmp_path / "run", same_teacher | {"stage1": given}) == 2
+    line = error_line(capfd)
+    assert named in line and str(given) in line
     refuse_nothing_afterwards(tmp_path / "run")
 
 

@@ -1,0 +1,20 @@
+"""Every figure in README and docs is what the committed result files say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def load_tables(repository: Path):
+    specification = importlib.util.spec_from_file_location("tables", repository / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/mar.md"])
+def test_the_tables_are_those_of_the_results(repository: Path, name: str) -> None:
+    text = (repository / name).read_text(encoding="utf-8")
+    assert "<!-- table: mar -->" in text
+    assert load_tables(repository).render(text) == text
