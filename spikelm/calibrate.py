@@ -15,7 +15,7 @@ from spikelm.errors import SpikelmError
 from spikelm.layers.spiking_linear import SpikingLinear
 from spikelm.neurons import ATMN
 
-CANDIDATES = torch.logspace(-1.1, 0.7, 28, base=10.0)  # thresholds tried, in standard deviations of the channel
+CANDIDATES = torch.logspace(-1.1, 0.7, 28, base=10.0)  # thresholds tried, in root mean squares of the channel
 
 
 @contextmanager
@@ -54,9 +54,13 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, tokens_
 
 
 def best_threshold(neuron: ATMN, x: torch.Tensor) -> torch.Tensor:
-    """V [channels] among CANDIDATES * std(x) that codes x [tokens, channels] with the least squared error."""
+    """V [channels] among CANDIDATES * rms(x) that codes x [tokens, channels] with the least squared error.
+
+    Leaves the neuron's own threshold at the last candidate.
+    """
     x = x.float()
-    scale = x.std(0, correction=0).clamp_min(1e-3 * x.std() + 1e-12)
+    scale = x.square().mean(0).sqrt()
+    scale = scale.clamp_min(1e-3 * float(scale.square().mean().sqrt()) + 1e-12)
     best_error = torch.full_like(scale, float("inf"))
     best = scale.clone()
     for candidate in CANDIDATES.tolist():

@@ -43,7 +43,7 @@ def test_best_threshold_against_brute_force(tau: float, frame_weight: float, T: 
     for channel in range(3):
         column, errors = x[:, channel], []
         for candidate in CANDIDATES:
-            V = candidate * column.std(correction=0)
+            V = candidate * column.square().mean().sqrt()
             neuron = ATMN(tau=tau, frame_weight=frame_weight, T=T, v_threshold=V.item())
             code = sum(frame_weight**t * frame for t, frame in enumerate(neuron.encode(column)))
             errors.append((column - V * code).square().mean().item())
@@ -60,6 +60,9 @@ def test_best_threshold_of_dead_channels_is_positive() -> None:
     for data in (x, torch.zeros(50, 3)):
         V = best_threshold(ATMN(num_channels=3), data)
         assert bool((V > 0).all() and V.isfinite().all())
+    neuron = ATMN(num_channels=3)
+    neuron.v_threshold = V = best_threshold(neuron, x)
+    assert (V * neuron.encode_sum(x))[0, 2].item() == pytest.approx(2.5, rel=0.1)
 
 
 def coding_error(model: nn.Module) -> dict[str, float]:

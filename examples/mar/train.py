@@ -115,7 +115,7 @@ class Spiking:
     feature_weight: float = 1.0
     taps: Literal["pre", "post", "both"] = "pre"
     chunk_size: int = 4096
-    calibration_contexts: int = 64
+    calibration_contexts: int = 32
     optimisation: Optimisation = Optimisation()
 
 
@@ -188,8 +188,7 @@ class Experiment:
     def stage(self, name: str, build: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]) -> PreTrainedModel | None:
         """The model of a finished stage; builds and saves it where it is asked for and not there; None if neither."""
         if self.run.is_done(name):
-            model = AutoModelForCausalLM.from_pretrained(self.run.path(name))
-            return model.to(self.teacher.device).eval()
+            return self.load(name)
         if name not in self.config.stages:
             return None
         say(f"{name}: training")
@@ -199,6 +198,10 @@ class Experiment:
         record |= {"total_s": round(time.monotonic() - start, 1)}
         self.run.finish_stage(name, lambda directory: self._save(model, directory), record)
         return model
+
+    def load(self, name: str) -> PreTrainedModel:
+        """The model of a finished stage."""
+        return AutoModelForCausalLM.from_pretrained(self.run.path(name)).to(self.teacher.device).eval()
 
     def _save(self, model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory)
@@ -309,16 +312,19 @@ def spiking_student(experiment: Experiment, dense: PreTrainedModel, recipe: spik
     """A copy of the dense model with neurons, their thresholds calibrated on the first training contexts."""
     student = copy.deepcopy(dense).requires_grad_(True)
     spikelm.spikify(student, recipe)
-    rows = list(experiment.train_data.take(experiment.config.spiking.calibration_contexts))
-    spikelm.calibrate(student, ({"input_ids": ids.to(dense.device)} for ids in batches(rows, 16)))
+    count = experiment.config.spiking.calibration_contexts
+    rows = batches(list(experiment.train_data.take(count)), 4)
+    inputs = ({"input_ids": ids.to(dense.device), "logits_to_keep": 1} for ids in rows)
+    spikelm.calibrate(student, inputs, tokens_per_site=count * experiment.config.context_length)
     return student
 
 
 def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """metrics.json and the figures, from whatever stages there are."""
     run, config = experiment.run, experiment.config
-    metrics: dict[str, Any] = {name: experiment.evaluate(model) for name, model in models.items()}
     done = [name for name in STAGES if run.is_done(name)]
+    models = {name: experiment.load(name) for name in done if name not in models} | models
+    metrics: dict[str, Any] = {name: experiment.evaluate(model) for name, model in models.items()}
     metrics["training"] = {name: run.stage_record(name) for name in done}
     metrics["wall_s"] = {name: run.stage_record(name)["wall_s"] for name in done}
     logs = {name: run.path("training") / name / "log.jsonl" for name in done}
