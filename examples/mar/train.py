@@ -115,7 +115,7 @@ class Spiking:
     feature_weight: float = 1.0
     taps: Literal["pre", "post", "both"] = "pre"
     chunk_size: int = 4096
-    calibration_contexts: int = 32
+    calibration_contexts: int = 64
     optimisation: Optimisation = Optimisation()
 
 
