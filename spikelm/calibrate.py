@@ -20,7 +20,7 @@ CANDIDATES = torch.logspace(-1.1, 0.7, 28, base=10.0)  # thresholds tried, in ro
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Within it the neurons of ``model`` pass their input through."""
+    """Within it the neurons of ``model`` pass their input through: the dense model, before thresholds are folded."""
     layers = [m for m in model.modules() if isinstance(m, SpikingLinear)]
     before = [layer.spiking for layer in layers]
     for layer in layers:

@@ -57,6 +57,9 @@ class SpikingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         spikify(model, self.quantization_config.to_recipe())
+        # Rounded to 16 bit, thresholds would give other spikes than the saved model's.
+        keep: Any = model
+        keep._keep_in_fp32_modules_strict = {*(keep._keep_in_fp32_modules_strict or ()), "neuron"}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Thresholds that no file held are uninitialised memory: an error, or the start value over dense weights."""

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import nn
 
 from spikelm.errors import SpikelmError
@@ -176,6 +175,8 @@ def _find_banks(model: nn.Module, recipe: Recipe) -> list[list[str]]:
 def _surrogate(specification: str | Mapping[str, Any]) -> Any:
     arguments = {} if isinstance(specification, str) else {k: v for k, v in specification.items() if k != "name"}
     name = specification if isinstance(specification, str) else specification.get("name")
+    from spikingjelly.activation_based import surrogate
+
     surrogate_class = getattr(surrogate, str(name), None)
     if not (isinstance(surrogate_class, type) and issubclass(surrogate_class, nn.Module)):
         raise SpikelmError(f"surrogate_function must name a class of spikingjelly's surrogate module; got {name!r}")

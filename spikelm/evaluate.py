@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Rows = Iterable[Mapping[str, Any]]
 
-# Float32 logits held at a time, in elements: 64 MiB.
+# Logits of one model held at a time, in elements (64 MiB in float32); one row of a batch may be larger.
 LOGIT_ELEMENTS = 2**24
 
 
@@ -44,7 +44,7 @@ def evaluate(
     tokens = 0
     models = [model] if teacher is None else [model, teacher]
     with evaluation_mode(*models):
-        for input_ids in batches(dataset, batch_size, max_contexts):
+        for input_ids in _batches_of_logits(model, dataset, batch_size, max_contexts):
             logits = _predictions(model, input_ids)
             teacher_logits = None if teacher is None else _predictions(teacher, input_ids)
             if teacher_logits is not None and teacher_logits.shape != logits.shape:
@@ -66,6 +66,15 @@ def evaluate(
         "reverse_kl": None if teacher is None else reverse,
         "tokens": tokens,
     }
+
+
+def _batches_of_logits(
+    model: nn.Module, dataset: Rows, batch_size: int, max_contexts: int | None
+) -> Iterator[torch.Tensor]:
+    """Batches cut down to LOGIT_ELEMENTS logits, but at least one row."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
+    for input_ids in batches(dataset, batch_size, max_contexts):
+        yield from input_ids.split(max(1, LOGIT_ELEMENTS // (input_ids.shape[1] * vocabulary)))
 
 
 def _predictions(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
@@ -154,7 +163,7 @@ def firing_statistics(
         with evaluation_mode(model):
             device = next(model.parameters()).device
             for input_ids in batches(dataset, batch_size, max_contexts):
-                model(input_ids=input_ids.to(device), use_cache=False)
+                model(input_ids=input_ids.to(device), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,5 +1,6 @@
 """One output directory, one run: stages that are whole or absent, and the errors a user sees."""
 
+import ctypes
 import errno
 import fcntl
 import importlib.metadata
@@ -238,6 +239,18 @@ def command_line(main: Callable[[], Any]) -> NoReturn:
             raise
         _leave(f"error: no space left on the disk ({error}): free some and run the same command again to resume", 1)
     sys.exit(0)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse the memory of freed tensors instead of handing it back and faulting it in again at every step.
+
+    Nearly doubles the training speed of small models on a CPU; nothing where the C library is another. [ours]
+    """
+    keep_below, never_trim = 32 * 2**20, 2**30  # glibc accepts no larger threshold for the first
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, keep_below)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, never_trim)  # M_TRIM_THRESHOLD
 
 
 def versions() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import shutil
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tqdm import tqdm
 from train import Config, Experiment, Optimisation, prepare, spiking_student
@@ -29,9 +29,15 @@ from spikelm.evaluate import evaluate, firing_statistics
 from spikelm.neurons import ATMN
 from spikelm.ops.dynamics import Fire
 from spikelm.presets import config_from_command_line, from_dict, to_dict
-from spikelm.run import RunDirectory, command_line, stage_manifest, versions
+from spikelm.run import RunDirectory, command_line, keep_freed_memory, stage_manifest, versions
 
 PRESETS = Path(__file__).parent / "ablation_presets"
+TITLES = {
+    "components": "Table 2, components",
+    "features": "Table 3, where features are compared",
+    "divergence": "Table 4, (alpha, beta)",
+    "code": "T and tau, forward KL",
+}
 COLUMNS = ("ce", "kl_to_teacher", "reverse_kl", "kl_to_stage1", "sum_of_rates", "union_rate")
 
 
@@ -50,9 +56,13 @@ class Ablation:
 
     run: str
     output_dir: str
+    tables: list[Literal["components", "features", "divergence", "code"]] = field(
+        default_factory=lambda: ["components", "features", "divergence", "code"]
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the four rows of Table 2
     T: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    optimisation: Optimisation = Optimisation(steps=300, learning_rate=2e-3)
+    optimisation: Optimisation = Optimisation(steps=200, learning_rate=2e-3)
+    evaluation_contexts: int = 96
 
 
 @dataclass(frozen=True)
@@ -86,21 +96,20 @@ def tables(ablation: Ablation) -> dict[str, list[Row]]:
         Row("ATMN, KL + reverse KL, pre-norm", ternary, **both_kl, feature_weight=1.0),
     ]
     codes = {"tau 1, counts": (1.0, 1.0), "tau 0.5, weights 2^-t": (0.5, 0.5), "tau 2, counts": (2.0, 1.0)}
-    return {
-        "Table 2, components": [replace(row, seed=seed) for row in table2 for seed in ablation.seeds],
-        "Table 3, where features are compared": [
-            Row(taps, ternary, **both_kl, feature_weight=1.0, taps=taps) for taps in ("pre", "post", "both")
-        ],
-        "Table 4, (alpha, beta)": [
+    rows = {
+        "components": [replace(row, seed=seed) for row in table2 for seed in ablation.seeds],
+        "features": [Row(taps, ternary, **both_kl, feature_weight=1.0, taps=taps) for taps in ("pre", "post", "both")],
+        "divergence": [
             Row(f"({alpha}, {beta})", ternary, alpha, beta)
             for alpha, beta in ((0.0, 1.0), (1.0, 0.0), (0.7, 0.2), (0.2, 0.7))
         ],
-        "T and tau, forward KL": [
+        "code": [
             Row(f"T = {T}, {code}", ternary | {"T": T, "tau": tau, "frame_weight": weight})
             for code, (tau, weight) in codes.items()
             for T in ablation.T
         ],
     }
+    return {TITLES[table]: rows[table] for table in ablation.tables}
 
 
 def train_row(
@@ -112,10 +121,19 @@ def train_row(
     student = spiking_student(experiment, dense, recipe_of_row(experiment, row))
     objective = SBDS(row.alpha, row.beta, row.feature_weight, row.taps)
     experiment.train(name, student, dense, objective, optimisation=ablation.optimisation)
-    firing = firing_statistics(student, experiment.held_out)
-    to_llama, to_stage1 = (evaluate(student, experiment.held_out, teacher=t) for t in (experiment.teacher, dense))
+    contexts = ablation.evaluation_contexts
+    firing = firing_statistics(student, experiment.held_out, max_contexts=contexts)
+    to_llama, to_stage1 = (
+        evaluate(student, experiment.held_out, teacher=t, max_contexts=contexts) for t in (experiment.teacher, dense)
+    )
     figures = to_llama | {"kl_to_stage1": to_stage1["kl_to_teacher"]} | firing
     return {column: figures[column] for column in COLUMNS}
+
+
+def fingerprint(source: Path) -> str:
+    """Of the stage-1 weights, so that rows of another source are never mixed in."""
+    weights = source / "stage1" / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else "none"
 
 
 def recipe_of_row(experiment: Experiment, row: Row) -> Recipe:
@@ -167,7 +185,8 @@ def draw_pareto(results: list[tuple[Row, dict[str, float]]], path: Path) -> None
 def main() -> None:
     """Train every row that is not there yet, then write the table."""
     ablation = config_from_command_line(Ablation, PRESETS, description=str(__doc__), default_preset="ablation")
-    with RunDirectory(ablation.output_dir, to_dict(ablation)) as run:
+    keep_freed_memory()
+    with RunDirectory(ablation.output_dir, to_dict(ablation) | {"source": fingerprint(Path(ablation.run))}) as run:
         experiment, dense = load_experiment(ablation, run)
         plan = tables(ablation)
         for row in (row for rows in plan.values() for row in rows):
@@ -182,7 +201,11 @@ def main() -> None:
                     shutil.rmtree(run.path("training") / row.key)
                 done[row.key] = run.read_json(path.name)
         results = {title: [(row, done[row.key]) for row in rows] for title, rows in plan.items()}
-        reference = {"stage1": evaluate(dense, experiment.held_out, teacher=experiment.teacher)}
+        reference = {
+            "stage1": evaluate(
+                dense, experiment.held_out, teacher=experiment.teacher, max_contexts=ablation.evaluation_contexts
+            )
+        }
         run.write_json(
             "ablation.json",
             {title: [done[row.key] | {"row": to_dict(row)} for row in rows] for title, rows in plan.items()}
@@ -190,7 +213,8 @@ def main() -> None:
         )
         table = summarise(results)
         run.path("table.md").write_text(table)
-        draw_pareto(results["T and tau, forward KL"], run.path("pareto.png"))
+        if TITLES["code"] in results:
+            draw_pareto(results[TITLES["code"]], run.path("pareto.png"))
         print(table)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spikelm.distill.losses import (
     chunked_logit_loss,
@@ -45,27 +46,32 @@ class MatrixOrientation:
     """MOHAWK step 1: the student's mixing matrices against the teacher's attention maps, summed over layers.
 
     Every student mixer is fed the teacher's normalised layer input and needs `mixing_matrix(hidden_states) -> [B, H, L,
-    L]`. Memory grows with layers * B * H * L^2: use a short context or a small batch.
+    L]`. The teacher's maps of all layers, layers * B * H * L^2 numbers, are held: use a small batch for long contexts.
     """
 
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
         _refuse_several_processes(self)
-        mask = batch_mask(batch)
+        mask, padding = batch_mask(batch), _padding(batch)
         total: Tensor | None = None
         for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=True):
             if not hasattr(mixer, "mixing_matrix"):
                 raise SpikelmError(f"{type(mixer).__name__} has no mixing_matrix: the student needs state-space mixers")
             if not isinstance(output, tuple) or output[1] is None:
                 raise SpikelmError("the teacher's mixers give no attention maps: the teacher needs attention layers")
-            student_map = mixer.mixing_matrix(hidden)
-            if student_map.shape != output[1].shape:
-                raise SpikelmError(
-                    f"student mixing matrix {tuple(student_map.shape)} against teacher attention map "
-                    f"{tuple(output[1].shape)}: heads must agree"
-                )
-            term = matrix_orientation(output[1], student_map, mask, num_items)
+
+            def term_of(mixer: Any, hidden: Tensor, teacher_map: Tensor) -> Tensor:
+                student_map = mixer.mixing_matrix(hidden, **padding)
+                if student_map.shape != teacher_map.shape:
+                    raise SpikelmError(
+                        f"student mixing matrix {tuple(student_map.shape)} against teacher attention map "
+                        f"{tuple(teacher_map.shape)}: heads must agree"
+                    )
+                return matrix_orientation(teacher_map, student_map, mask, num_items)
+
+            # Recomputed in the backward pass, so that one layer's [B, H, L, L] graph exists at a time.
+            term = checkpoint(term_of, mixer, hidden, output[1], use_reentrant=False)
             total = term if total is None else total + term
         assert total is not None  # decoder_layers never gives an empty list
         return {"loss": total}
@@ -81,8 +87,7 @@ class HiddenAlignment:
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
         _refuse_several_processes(self)
-        mask = batch_mask(batch)
-        padding = {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        mask, padding = batch_mask(batch), _padding(batch)
         total: Tensor | None = None
         for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=False):
             term = hidden_alignment(_first(output), _first(mixer(hidden, **padding)), mask, num_items)
@@ -169,6 +174,11 @@ class SBDS:
 def batch_mask(batch: Batch) -> Tensor:
     """`loss_mask` of a batch, bool [B, L]."""
     return loss_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask"))
+
+
+def _padding(batch: Batch) -> dict[str, Tensor]:
+    """The attention_mask argument of a mixer, where the batch has one."""
+    return {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
 
 
 def last_hidden(model: nn.Module, batch: Batch) -> Tensor:

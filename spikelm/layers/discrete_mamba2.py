@@ -143,11 +143,12 @@ class DiscreteMamba2(nn.Module):
     def _scan(
         self, x: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mamba_chunk_scan_combined is not None and x.is_cuda:
+        if mamba_chunk_scan_combined is not None and x.is_cuda and x.dtype != torch.float64:
             dt = -log_decay
             minus_one = -torch.ones(self.n_v_heads, device=x.device)
-            discretised = x / dt.clamp_min(torch.finfo(dt.dtype).tiny).unsqueeze(-1).to(x.dtype)
+            # The kernel multiplies x by dt; dividing in float32 before keeps it as it is. dt is 0 at padding, as x is.
+            x = (x / dt.masked_fill(dt == 0, 1.0).unsqueeze(-1)).to(x.dtype)
             return mamba_chunk_scan_combined(
-                discretised, dt, minus_one, B, C, self.chunk_size, initial_states=state, return_final_states=True
+                x, dt, minus_one, B, C, self.chunk_size, initial_states=state, return_final_states=True
             )
         return ssd_chunked(x, log_decay, B, C, self.chunk_size, state)

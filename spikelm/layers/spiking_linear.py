@@ -20,7 +20,7 @@ class SpikingLinear(nn.Linear):
     Attributes:
         neuron: the bank, ``in_features`` channels.
         owns_neuron: whether the bank is this projection's submodule.
-        spiking: False passes x through (the dense model, for calibration and comparison).
+        spiking: False passes x through: the dense model, as long as no threshold is folded into the weights.
     """
 
     neuron: ATMN

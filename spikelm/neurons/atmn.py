@@ -35,7 +35,8 @@ class ATMN(BaseNode):
         num_channels: size of the last axis for one threshold a channel; None for a single threshold.
         learn_threshold: whether a = log V is a parameter (else a buffer).
         T: number of frames of :meth:`encode`, >= 1. A network in step_mode "m" brings its own T.
-        inject: "first" (the paper): input enters at the first step after a reset; "every" [ours]: at each step.
+        inject: "first" (the paper): input enters at the first step after a reset; "every" [ours]: at each step of an
+            x_seq. :meth:`encode` has one input and always takes it at the first.
         frame_weight: frame t of :meth:`encode_sum` weighs frame_weight**t, > 0 [ours].
         surrogate_function: a SpikingJelly surrogate for each of the two thresholds; None is ATan(alpha=2) [ours].
         detach_reset: no gradient through the spike in the reset; the explicit V stays.
@@ -149,7 +150,7 @@ class ATMN(BaseNode):
         return multistep.encode_sum(x, self._threshold(x), self.dynamics, self.T, self.frame_weight)
 
     def _threshold(self, x: torch.Tensor) -> torch.Tensor:
-        return self.v_threshold.to(reference.state_dtype(x.dtype))
+        return self.a.to(reference.state_dtype(x.dtype)).exp()
 
     def _check_input(self, x: torch.Tensor, frame_shape: torch.Size) -> None:
         if not x.is_floating_point():

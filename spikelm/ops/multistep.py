@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Dynamics
@@ -64,6 +65,7 @@ class _TernaryEncodeSum(torch.autograd.Function):
         return total.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         threshold, *ys = ctx.saved_tensors
         G = gradients[0].to(ys[0].dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from spikelm.ops.dynamics import Dynamics
 
@@ -22,6 +23,7 @@ class _RoundAndClip(torch.autograd.Function):
         return (x.sign() * (x.abs() + 0.5).floor()).clamp(-levels, levels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (x,) = ctx.saved_tensors
         return gradients[0] * (x.abs() <= ctx.levels) * ctx.slope, None, None
@@ -64,7 +66,7 @@ def step(
     if dynamics.reset == "hard":
         # The gradient of the product form, without the NaN that inf * 0 would leave.
         cleared = torch.where(s != 0, torch.zeros_like(h), h)
-        return s, cleared + (dynamics.v_reset - cleared) * spike_of_reset.abs()
+        return s, cleared + (dynamics.v_reset - cleared) * spike_of_reset.abs().clamp(max=1)
     return s, h
 
 

@@ -210,8 +210,8 @@ def test_ablation_has_every_row(ablation: tuple[Path, list[str]]) -> None:
     }
     tables: dict[str, list[str]] = {}
     for line in (output_dir / "table.md").read_text().splitlines():
-        if line.startswith("## "):
-            tables[line[3:]] = []
+        if line.startswith("### "):
+            tables[line[4:]] = []
         elif line.startswith("| ") and not line.startswith("| row |"):
             name, *values = (cell.strip() for cell in line.strip("|").split("|"))
             assert len(values) == 6 and all(math.isfinite(float(value)) for value in values)

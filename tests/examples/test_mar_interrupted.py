@@ -207,10 +207,10 @@ def test_a_tokenizer_that_does_not_fit_the_teacher_names_both_sizes(
 @pytest.mark.parametrize(
     ("place", "named"),
     [
-        ("nowhere", "no Llamba"),
-        ("teacher", "lacks backbone"),
+        ("nowhere", "cannot be loaded"),
+        ("teacher", "backbone.embedding.weight among them"),
         ("student", "is spiking"),
-        ("torn", "no Llamba"),
+        ("torn", "cannot be loaded"),
     ],
 )
 def test_a_stage1_that_is_no_dense_llamba_is_one_line(

@@ -19,7 +19,7 @@ def x_seq(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("fire", "reset"),
-    [(f, r) for f in ("binary", "ternary", "integer") for r in ("soft", "soft_delayed", "hard")][:-1],
+    [(f, r) for f in ("binary", "ternary", "integer") for r in ("soft", "soft_delayed", "hard")],
 )
 @pytest.mark.parametrize("inject", ["every", "first"])
 def test_against_a_scalar_loop(fire: str, reset: str, inject: str) -> None:

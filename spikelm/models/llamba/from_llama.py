@@ -18,10 +18,10 @@ SILU_ONE = 1.2784645  # silu(SILU_ONE) = 1: the gate starts open
 def config_from_llama(llama: LlamaConfig, ssm_cfg: dict[str, Any], config_class: type[LlambaConfig]) -> LlambaConfig:
     """The Llamba of the same width, depth, vocabulary and heads."""
     heads, head_dim = llama.num_attention_heads, llama.head_dim or llama.hidden_size // llama.num_attention_heads
-    if heads * head_dim != llama.hidden_size or llama.attention_bias or llama.hidden_act != "silu":
+    if heads * head_dim != llama.hidden_size or llama.attention_bias:
         raise SpikelmError(
-            "from_llama needs num_attention_heads * head_dim == hidden_size, no attention_bias and hidden_act 'silu'; "
-            f"got {heads} * {head_dim} for {llama.hidden_size}, {llama.attention_bias}, {llama.hidden_act!r}"
+            "from_llama needs num_attention_heads * head_dim == hidden_size and no attention_bias; "
+            f"got {heads} * {head_dim} for {llama.hidden_size}, attention_bias={llama.attention_bias}"
         )
     return config_class(
         vocab_size=llama.vocab_size,

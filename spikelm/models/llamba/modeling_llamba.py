@@ -148,10 +148,13 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_llama(cls, teacher: LlamaForCausalLM, **ssm_cfg: Any) -> "LlambaForCausalLM":
-        """A student for any LlamaForCausalLM, grouped-query or not, tied or not.
+        """A student for a LlamaForCausalLM, grouped-query or not, tied or not.
+
+        Its attention must have no bias and num_attention_heads * head_dim == hidden_size.
 
         Embedding, norms, MLP and head are copied; the mixer takes x <- V, B <- K, C <- Q, out_proj <- O (MOHAWK), with
-        an identity convolution and gate [ours]. ``ssm_cfg`` overrides DiscreteMamba2's arguments.
+        an identity convolution and gate [ours]. ``ssm_cfg`` overrides DiscreteMamba2's arguments; with other heads or
+        another d_state than the attention's the mixers start random.
         """
         if not isinstance(teacher, LlamaForCausalLM):
             raise SpikelmError(f"from_llama takes a LlamaForCausalLM; got a {type(teacher).__name__}")

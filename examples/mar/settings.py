@@ -1,0 +1,128 @@
+"""Everything a run of train.py depends on; the fields of the presets and of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import spikelm
+
+STAGES = ("orientation", "alignment", "stage1", "student")
+
+
+@dataclass(frozen=True)
+class EmbeddedTeacher:
+    """The Llama trained on the spot for teacher=embedded."""
+
+    steps: int = 1200
+    vocab_size: int = 512
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    intermediate_size: int = 176
+    batch_size: int = 16
+    learning_rate: float = 6e-3
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """One training run; steps=0 leaves it out. Values are ours, the paper prints none."""
+
+    steps: int = 0
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    threshold_learning_rate: float | None = None
+    gradient_accumulation: int = 1
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    save_steps: int = 500
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What of DiscreteMamba2 the teacher does not decide."""
+
+    chunk_size: int = 64
+    d_conv: int = 4
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """alpha KL(p || q) + beta KL(q || p), p the teacher; logits of chunk_size tokens at a time."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    chunk_size: int = 4096
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """ATMN before every projection; T, tau, frame_weight and the surrogate are not printed in the paper."""
+
+    name: str = "ATMN"
+    T: int = 4
+    tau: float = 1.0
+    frame_weight: float = 1.0
+    detach_reset: bool = False
+    surrogate_function: str = "ATan"
+    surrogate_alpha: float = 2.0
+
+    def recipe(self) -> spikelm.Recipe:
+        """The neuron at the paper's four places."""
+        surrogate = {"name": self.surrogate_function, "alpha": self.surrogate_alpha}
+        arguments = {"T": self.T, "tau": self.tau, "frame_weight": self.frame_weight, "detach_reset": self.detach_reset}
+        return spikelm.Recipe.preset("mar", neuron=self.name, surrogate_function=surrogate, **arguments)
+
+
+@dataclass(frozen=True)
+class Spiking:
+    """Stage 2. teacher: "stage1", the dense Llamba (the paper), or "llama", the model it came from [ours]."""
+
+    teacher: Literal["stage1", "llama"] = "stage1"
+    neuron: Neuron = Neuron()
+    alpha: float = 0.2
+    beta: float = 0.7
+    feature_weight: float = 1.0
+    taps: Literal["pre", "post", "both"] = "pre"
+    chunk_size: int = 4096
+    calibration_contexts: int = 64
+    optimisation: Optimisation = Optimisation()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    output_dir: str
+    teacher: str = "embedded"
+    stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one
+    data: str = "embedded"
+    text_field: str | None = None
+    streaming: bool = False
+    max_tokens: int | None = None
+    context_length: int = 128
+    held_out: float = 0.05
+    seed: int = 0
+    stages: list[Literal["orientation", "alignment", "stage1", "student"]] = field(default_factory=lambda: list(STAGES))
+    embedded_teacher: EmbeddedTeacher = EmbeddedTeacher()
+    mixer: Mixer = Mixer()
+    orientation: Optimisation = Optimisation()
+    alignment: Optimisation = Optimisation()
+    distillation: Optimisation = Optimisation()
+    divergence: Divergence = Divergence()
+    spiking: Spiking = Spiking()
+    evaluation_contexts: int | None = None
+    prompt: str = "Once upon a time"
+    sample_tokens: int = 60
+
+
+def stage_steps(config: Config) -> dict[str, int]:
+    """Stage 1's three steps by name, and how long each trains."""
+    return {
+        "orientation": config.orientation.steps,
+        "alignment": config.alignment.steps,
+        "stage1": config.distillation.steps,
+    }
