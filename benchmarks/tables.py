@@ -44,6 +44,21 @@ def mar() -> str:
     return "\n".join(lines)
 
 
+def stage1() -> str:
+    """How far each of MOHAWK's steps brings the Mamba-2 model."""
+    result = read("mar_stories260k.json")
+    lines = ["| after | steps | CE | KL to teacher |", "|---|---|---|---|"]
+    for name in ("orientation", "alignment", "stage1"):
+        figures, steps = result[name], result["training"][name]["steps"]
+        lines.append(f"| {name} | {steps} | {figures['ce']:.3f} | {figures['kl_to_teacher']:.3f} |")
+    converted = result["training"]["student"]["at_conversion"]
+    lines.append(f"| neurons put in and calibrated | 0 | {converted['ce']:.3f} | {converted['kl_to_teacher']:.3f} |")
+    student = result["student"]
+    steps = result["training"]["student"]["steps"]
+    lines.append(f"| stage 2 | {steps} | {student['ce']:.3f} | {student['kl_to_teacher']:.3f} |")
+    return "\n".join(lines)
+
+
 def machine(result: dict[str, Any]) -> str:
     """The machine and the versions a result was measured with."""
     versions = dict(result["versions"])
@@ -53,17 +68,28 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def ablation() -> str:
-    """Tables 2 to 4 of the paper and T x tau, as examples/mar/ablate.py wrote them."""
-    result = read("mar_ablation.json")
-    steps = result["config"]["optimisation"]["steps"]
-    start = result["reference"]["stage1"]
+    """Tables 2 to 4 of the paper, as examples/mar/ablate.py wrote them."""
+    return ablation_of("mar_ablation")
+
+
+def codes() -> str:
+    """T x (tau, frame weight), as examples/mar/ablate.py wrote it."""
+    return ablation_of("mar_codes")
+
+
+def ablation_of(name: str) -> str:
+    """The rows of one run of ablate.py, and what they start from."""
+    result = read(f"{name}.json")
+    config, start = result["config"], result["reference"]["stage1"]
     return (
-        f"Every row: {steps} steps of 16 x 128 tokens from stage 1 (CE {start['ce']:.4f}), which is also the teacher. "
-        f"{machine(result)}.\n\n" + (RESULTS / "mar_ablation.md").read_text(encoding="utf-8").strip()
+        f"Every row: {config['optimisation']['steps']} steps of 16 x 128 tokens from stage 1, also the teacher. "
+        f"Figures on the first {config['evaluation_contexts']} held-out contexts, where stage 1 has CE "
+        f"{start['ce']:.4f} and KL to the Llama {start['kl_to_teacher']:.4f}. {machine(result)}.\n\n"
+        + (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"mar": mar, "ablation": ablation}
+TABLES: dict[str, Callable[[], str]] = {"mar": mar, "ablation": ablation, "codes": codes, "stage1": stage1}
 
 
 def render(text: str) -> str:

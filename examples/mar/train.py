@@ -28,6 +28,7 @@ from spikelm.convert import recipe_of, spike_sites
 from spikelm.data import bytes_per_token, load_contexts, load_teacher, load_whole, python_documentation, train_teacher
 from spikelm.data.sources import source_names
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
+from spikelm.distill.callbacks import last_metrics
 from spikelm.distill.trainer import train
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, evaluate, firing_statistics, generate_sample
@@ -223,7 +224,7 @@ def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[s
     models = {name: experiment.load(name) for name in done if name not in models} | models
     metrics: dict[str, Any] = {name: experiment.evaluate(model) for name, model in models.items()}
     metrics["training"] = {name: run.stage_record(name) for name in done}
-    metrics["wall_s"] = {name: run.stage_record(name)["wall_s"] for name in done}
+    metrics["wall_s"] = teacher_seconds(run) | {name: run.stage_record(name)["wall_s"] for name in done}
     logs = {name: run.path("training") / name / "log.jsonl" for name in done}
     figures = run.path("figures")
     figures.mkdir(exist_ok=True)
@@ -238,6 +239,12 @@ def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[s
     metrics["config"], metrics["versions"] = to_dict(config), versions()
     run.write_json("metrics.json", metrics)
     return metrics
+
+
+def teacher_seconds(run: RunDirectory) -> dict[str, float]:
+    """How long the embedded teacher trained, if there is one."""
+    log = run.path("teacher") / "log.jsonl"
+    return {"teacher": last_metrics(log)["wall_s"]} if log.exists() else {}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spikelm.data.text import text_contexts
 from spikelm.errors import SpikelmError
@@ -158,10 +158,14 @@ def train_teacher(
 
     The last `held_out` of the contexts is not trained on: the part that load_contexts holds out of the same text at
     the same context length.
-    A directory that exists and is not empty is refused; an interrupted training leaves nothing but
-    "<output_dir>.partial", which the next one deletes.
+    A directory that exists and is not empty is refused; an interrupted training goes on from its last checkpoint in
+    "<output_dir>.training" when it is called again.
     """
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    from spikelm.distill.objectives import NextToken
+    from spikelm.distill.trainer import train
 
     target = Path(output_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -184,44 +188,24 @@ def train_teacher(
         pad_token_id=None,  # pad is eos; its embedding must be trained
     )
     model = LlamaForCausalLM(config)
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _train(model, contexts, partial, steps, batch_size, learning_rate, seed)
-    model.eval().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, target)
-    return target
-
-
-def _train(
-    model: Any, contexts: Any, output_dir: Path, steps: int, batch_size: int, learning_rate: float, seed: int
-) -> None:
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    from spikelm.distill.callbacks import loss_on_bar
-
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        input_ids = torch.tensor([row["input_ids"] for row in rows])
-        return {"input_ids": input_ids, "labels": input_ids}
-
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
+    training, partial = (target.with_name(target.name + suffix) for suffix in (".training", ".partial"))
+    train(
+        model,
+        torch.nn.Identity(),  # nobody teaches it
+        contexts,
+        NextToken(),
+        output_dir=training,
+        steps=steps,
+        batch_size=batch_size,
         learning_rate=learning_rate,
-        adam_beta2=0.95,
-        weight_decay=0.01,
-        warmup_steps=min(100, steps // 10),
-        lr_scheduler_type="cosine",
-        logging_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        warmup_fraction=0.08,
+        save_steps=200,
         seed=seed,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=contexts, data_collator=collate)
-    with loss_on_bar(trainer):
-        trainer.train()
+    shutil.rmtree(partial, ignore_errors=True)
+    model.eval().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.copy(training / "log.jsonl", partial)
+    os.replace(partial, target)
+    shutil.rmtree(training)
+    return target

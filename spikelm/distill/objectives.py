@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,7 @@ from spikelm.distill.losses import (
     loss_mask,
     matrix_orientation,
     sbds_divergence,
+    token_mean,
 )
 from spikelm.distill.taps import Taps, eager_attention, mixer_modules, norm_modules, output_head
 from spikelm.errors import SpikelmError
@@ -120,6 +122,18 @@ class LogitDistillation:
             teacher_hidden = last_hidden(teacher, batch)
         student_hidden = last_hidden(student, batch)
         return {"loss": _divergence(self, teacher, teacher_hidden, student, student_hidden, batch, num_items)}
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy with the next token; the teacher is not asked. For training a teacher itself. [ours]"""
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        logits = student(input_ids=batch["input_ids"], **_padding(batch), use_cache=False).logits
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none")
+        return {"loss": token_mean(F.pad(losses, (0, 1)), batch_mask(batch), num_items)}
 
 
 @dataclass(frozen=True)

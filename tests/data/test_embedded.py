@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerState
 
 from spikelm.data import (
     load_contexts,
@@ -17,6 +17,7 @@ from spikelm.data import (
     train_teacher,
     train_tokenizer,
 )
+from spikelm.distill.callbacks import StopAtStepEnd
 from spikelm.errors import SpikelmError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -107,18 +108,24 @@ def test_teacher_is_the_same_for_the_same_seed(tmp_path: Path, story: str) -> No
     assert not torch.equal(models[0], models[2])
 
 
-def test_interrupted_training_leaves_no_teacher(tmp_path: Path, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: transformers.Trainer) -> None:
-        raise KeyboardInterrupt
+def test_interrupted_training_goes_on(tmp_path: Path, story: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C leaves a checkpoint and no teacher; the same call ends where an uninterrupted one does."""
 
-    text = story[:20_000]
+    def interrupt_at_step_3(self: StopAtStepEnd, args: object, state: TrainerState, *rest: object, **more: object):
+        self.requested = self.requested or state.global_step == 3
+        original(self, args, state, *rest, **more)
+
+    original = StopAtStepEnd.on_step_end
+    text, shape = story[:20_000], {"vocab_size": 300, "context_length": 16, "steps": 6, **SMALL}
+    whole = train_teacher(tmp_path / "whole", text, **shape)
     target = tmp_path / "runs" / "teacher"
     with monkeypatch.context() as patch:
-        patch.setattr(transformers.Trainer, "train", interrupted)
+        patch.setattr(StopAtStepEnd, "on_step_end", interrupt_at_step_3)
         with pytest.raises(KeyboardInterrupt):
-            train_teacher(target, text, vocab_size=300, context_length=16, steps=2, **SMALL)
+            train_teacher(target, text, **shape)
     assert not target.exists()
     target.mkdir()  # an empty directory is accepted
-    train_teacher(target, text, vocab_size=300, context_length=16, steps=2, **SMALL)
-    assert (target / "config.json").is_file()
+    train_teacher(target, text, **shape)
+    weights, expected = (load_file(path / "model.safetensors") for path in (target, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [entry.name for entry in target.parent.iterdir()] == ["teacher"]

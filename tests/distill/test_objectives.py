@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from spikelm.distill.losses import feature_distance, kl_divergence, loss_mask, sbds_divergence, token_mean
-from spikelm.distill.objectives import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation, last_hidden
+from spikelm.distill.objectives import (
+    SBDS,
+    HiddenAlignment,
+    LogitDistillation,
+    MatrixOrientation,
+    NextToken,
+    last_hidden,
+)
 from spikelm.distill.taps import Taps, decoder_layers, mixer_modules, norm_modules, output_head
 from spikelm.errors import SpikelmError
 from spikelm.models.llamba import LlambaForCausalLM
@@ -228,3 +235,21 @@ def test_another_vocabulary_or_width_is_an_error(tiny_llama: LlamaForCausalLM) -
 def test_objectives_are_validated(options: dict[str, object], message: str) -> None:
     with pytest.raises(SpikelmError, match=message):
         SBDS(**options)  # type: ignore[arg-type]
+
+
+def test_next_token_is_the_language_modelling_loss(tiny_llama: LlamaForCausalLM) -> None:
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = tiny_llama(ids, labels=ids).loss
+    torch.testing.assert_close(NextToken()(tiny_llama, torch.nn.Identity(), {"input_ids": ids})["loss"], expected)
+    padded = {"input_ids": torch.nn.functional.pad(ids, (0, 3)), "attention_mask": (torch.arange(12) < 9).expand(2, 12)}
+    torch.testing.assert_close(NextToken()(tiny_llama, torch.nn.Identity(), padded)["loss"], expected)
+
+
+@pytest.mark.parametrize("objective", [MatrixOrientation(), HiddenAlignment()])
+def test_left_padding_changes_no_mixer_loss(tiny_llama: LlamaForCausalLM, objective: object) -> None:
+    """The counted tokens of a padded row give what they give alone."""
+    student = LlambaForCausalLM.from_llama(tiny_llama)
+    ids = torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(0))
+    padded = {"input_ids": nn.functional.pad(ids, (4, 0)), "attention_mask": (torch.arange(13) >= 4).long()[None]}
+    alone = objective(student, tiny_llama, {"input_ids": ids})["loss"]
+    torch.testing.assert_close(objective(student, tiny_llama, padded)["loss"], alone, rtol=1e-4, atol=1e-5)
