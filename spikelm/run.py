@@ -244,7 +244,7 @@ def command_line(main: Callable[[], Any]) -> NoReturn:
 def keep_freed_memory() -> None:
     """Lets glibc reuse the memory of freed tensors instead of handing it back and faulting it in again at every step.
 
-    Nearly doubles the training speed of small models on a CPU; nothing where the C library is another. [ours]
+    Speeds up training of small models on a CPU; does nothing where the C library is another. [ours]
     """
     keep_below, never_trim = 32 * 2**20, 2**30  # glibc accepts no larger threshold for the first
     libc = ctypes.CDLL(None)

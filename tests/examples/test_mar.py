@@ -45,7 +45,7 @@ def test_metrics_hold_what_is_promised(finished: Path) -> None:
     # a bit per byte is a nat per token over the same text, for all three models
     ratios = {round(metrics[m]["ce"] / metrics[m]["bits_per_byte"], 6) for m in ("teacher", "stage1", "student")}
     assert len(ratios) == 1
-    assert set(metrics["wall_s"]) == set(metrics["training"]) == set(STAGES)
+    assert set(metrics["training"]) == set(STAGES) and set(metrics["wall_s"]) == {"teacher", *STAGES}
     assert all(seconds > 0 for seconds in metrics["wall_s"].values())
     assert metrics["config"]["distillation"]["steps"] == 60 and metrics["config"]["seed"] == 0
     assert {"torch", "transformers", "spikingjelly", "spikelm", "python", "machine"} <= set(metrics["versions"])
