@@ -12,6 +12,7 @@ from torch import nn
 
 from spikelm.convert import fold_threshold, recipe_of, remember, spike_sites
 from spikelm.errors import SpikelmError
+from spikelm.evaluate import evaluation_mode
 from spikelm.layers.spiking_linear import SpikingLinear
 from spikelm.neurons import ATMN
 
@@ -86,10 +87,9 @@ def _record_inputs(
         return hook
 
     handles = [owner.register_forward_pre_hook(record(name)) for name, owner in spike_sites(model).items()]
-    training, tokens = model.training, 0
-    model.eval()
+    tokens = 0
     try:
-        with dense(model):
+        with evaluation_mode(model), dense(model):
             for batch in batches:
                 mask = batch.get("attention_mask")
                 keep[0] = None if mask is None else mask.bool()
@@ -98,7 +98,6 @@ def _record_inputs(
                 if tokens >= tokens_per_site:
                     break
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not tokens:

@@ -10,23 +10,8 @@ from spikelm import Recipe, calibrate, spikify
 from spikelm.calibrate import CANDIDATES, best_threshold, dense
 from spikelm.convert import recipe_of, spike_sites
 from spikelm.errors import SpikelmError
-from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.neurons import ATMN
-
-
-def llamba() -> LlambaForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlambaForCausalLM(
-            LlambaConfig(
-                vocab_size=64,
-                d_model=32,
-                n_layer=2,
-                initializer_range=0.2,
-                mlp_cfg={"intermediate_size": 48},
-                ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8},
-            )
-        ).eval()
+from tests.small_models import llamba
 
 
 def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:

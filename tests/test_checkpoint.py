@@ -15,7 +15,8 @@ from spikelm.checkpoint import SpikingConfig
 from spikelm.convert import recipe_of, spike_sites
 from spikelm.errors import SpikelmError
 from spikelm.layers import SpikingLinear
-from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
+from spikelm.models.llamba import LlambaForCausalLM
+from tests.small_models import llamba
 
 
 def tokens() -> torch.Tensor:
@@ -23,17 +24,7 @@ def tokens() -> torch.Tensor:
 
 
 def spiking_llamba(**neuron_arguments: object) -> LlambaForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LlambaConfig(
-            vocab_size=64,
-            d_model=32,
-            n_layer=2,
-            initializer_range=0.2,
-            mlp_cfg={"intermediate_size": 48},
-            ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8},
-        )
-        model = LlambaForCausalLM(config).eval()
+    model = llamba()
     spikify(model, Recipe.preset("mar", **neuron_arguments))
     calibrate(model, [{"input_ids": tokens()}])
     return model

@@ -14,23 +14,8 @@ from spikelm import Recipe, spikify
 from spikelm.convert import PRESETS, fold_threshold, projections_of, spike_sites
 from spikelm.errors import SpikelmError
 from spikelm.layers import SpikingLinear
-from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.neurons import ATMN
-
-
-def llamba() -> LlambaForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlambaForCausalLM(
-            LlambaConfig(
-                vocab_size=64,
-                d_model=32,
-                n_layer=2,
-                initializer_range=0.2,
-                mlp_cfg={"intermediate_size": 48},
-                ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8},
-            )
-        ).eval()
+from tests.small_models import llamba
 
 
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:

@@ -21,6 +21,7 @@ from spikelm.distill.checkpoints import checkpoint_step, checkpoints, keep_lates
 from spikelm.distill.objectives import Objective, batch_mask
 from spikelm.distill.parameters import only_trainable, parameter_groups
 from spikelm.errors import SpikelmError
+from spikelm.run import require_free_space
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -173,7 +174,7 @@ class DistillationTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.args.should_save:
-                _require_space(self.student, output_dir)
+                require_free_space(output_dir, _checkpoint_bytes(self.student))
             super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
@@ -370,12 +371,7 @@ def _check_settings(logging_steps: int, warmup_fraction: float, schedule: str, b
         raise SpikelmError(f"bf16 is not supported by {torch.cuda.get_device_name()}: set bf16=false")
 
 
-def _require_space(model: nn.Module, directory: Path) -> None:
-    """Weights, and two float32 moments of what is trained, must fit; asked before the first byte is written."""
-    needed = sum(parameter.nbytes for parameter in model.parameters())
-    needed += sum(8 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise SpikelmError(
-            f"no space for a checkpoint in {directory}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free"
-        )
+def _checkpoint_bytes(model: nn.Module) -> int:
+    """Of the weights, and of two float32 moments of what is trained."""
+    parameters = list(model.parameters())
+    return sum(p.nbytes for p in parameters) + sum(8 * p.numel() for p in parameters if p.requires_grad)

@@ -1,0 +1,21 @@
+"""Models that several test files build."""
+
+import torch
+
+from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
+
+
+def llamba() -> LlambaForCausalLM:
+    """A fresh random Llamba in eval mode, the same at every call: 2 layers, width 32, 4 heads, vocabulary 64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlambaForCausalLM(
+            LlambaConfig(
+                vocab_size=64,
+                d_model=32,
+                n_layer=2,
+                initializer_range=0.2,
+                mlp_cfg={"intermediate_size": 48},
+                ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8},
+            )
+        ).eval()
