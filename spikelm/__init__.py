@@ -11,24 +11,21 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "calibrate", "spikify"]
 
 _reason = "they are not installed"
-_registered = False
 if find_spec("transformers") is not None and find_spec("spikingjelly") is not None:
     try:
         import spikelm.checkpoint
         import spikelm.models  # noqa: F401
         from spikelm.calibrate import calibrate
         from spikelm.convert import Recipe, spikify
-
-        _registered = True
     except ImportError as error:  # an older transformers; the neurons work without it
         _reason = str(error)
         warnings.warn(f"spikelm's models and checkpoints are not available: {error}", stacklevel=2)
-if not _registered:
 
-    def __getattr__(name: str) -> Any:
-        if name in __all__:
-            raise ImportError(
-                f"spikelm.{name} needs transformers and SpikingJelly ({_reason}): pip install 'spikelm[hf]' and "
-                "pip install --no-deps spikingjelly==2.0.0 (see docs/install.md)"
-            )
-        raise AttributeError(f"module 'spikelm' has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        raise ImportError(
+            f"spikelm.{name} needs transformers and SpikingJelly ({_reason}): pip install 'spikelm[hf]' and "
+            "pip install --no-deps spikingjelly==2.0.0 (see docs/install.md)"
+        )
+    raise AttributeError(f"module 'spikelm' has no attribute {name!r}")

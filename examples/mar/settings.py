@@ -117,12 +117,3 @@ class Config:
     evaluation_contexts: int | None = None
     prompt: str = "Once upon a time"
     sample_tokens: int = 60
-
-
-def stage_steps(config: Config) -> dict[str, int]:
-    """Stage 1's three steps by name, and how long each trains."""
-    return {
-        "orientation": config.orientation.steps,
-        "alignment": config.alignment.steps,
-        "stage1": config.distillation.steps,
-    }

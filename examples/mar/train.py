@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import STAGES, Config, Optimisation, Spiking, stage_steps
+from settings import STAGES, Config, Optimisation, Spiking
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 import spikelm
@@ -84,9 +84,6 @@ class Experiment:
             return self.load(name)
         if name not in self.config.stages:
             return None
-        earlier = [n for n, steps in stage_steps(self.config).items() if steps and STAGES.index(n) < STAGES.index(name)]
-        if missing := [n for n in earlier if not self.run.is_done(n) and name != "student"]:
-            raise SpikelmError(f"{name} starts from {missing[-1]}: run that first, or set {missing[-1]}.steps=0")
         say(f"{name}: training")
         start = time.monotonic()
         model, record = build()
@@ -148,6 +145,7 @@ def stage1(experiment: Experiment) -> PreTrainedModel | None:
     if config.stage1 is not None:
         return load_llamba(config.stage1, teacher)
     model: PreTrainedModel | None = None
+    missing: str | None = None
     steps: list[tuple[str, Optimisation, Any, list[str] | None]] = [
         ("orientation", config.orientation, MatrixOrientation(), ["*.mixer.*"]),
         ("alignment", config.alignment, HiddenAlignment(), ["*.mixer.*"]),
@@ -170,7 +168,10 @@ def stage1(experiment: Experiment) -> PreTrainedModel | None:
                 name, student, teacher, objective, optimisation=optimisation, trainable=trainable
             )
 
-        model = experiment.stage(name, build) or model
+        if missing and name in config.stages and not experiment.run.is_done(name):
+            raise SpikelmError(f"{name} starts from {missing}: run that first, or set {missing}.steps=0")
+        built = experiment.stage(name, build)
+        model, missing = built or model, name if built is None else missing
     return model if experiment.run.is_done("stage1") else None
 
 
