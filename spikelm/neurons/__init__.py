@@ -9,5 +9,8 @@ except ImportError as error:
     ) from error
 
 from spikelm.neurons.atmn import ATMN
+from spikelm.neurons.base import DynamicsNode, set_backend
+from spikelm.neurons.binary_if import BinaryIF
+from spikelm.neurons.tilif import TILIF, anneal_sgc
 
-__all__ = ["ATMN"]
+__all__ = ["ATMN", "TILIF", "BinaryIF", "DynamicsNode", "anneal_sgc", "set_backend"]

@@ -14,6 +14,7 @@ from spikelm.errors import SpikelmError
 Fire = Literal["binary", "ternary", "integer"]
 Reset = Literal["soft", "soft_delayed", "hard"]
 Inject = Literal["every", "first"]
+Compensation = Literal["gradient", "blend"]
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,21 @@ class Dynamics:
         h_t = decay * v_{t-1} + x_t            inject "first": x only at the first step after a reset
         s_t = fire(h_t / V)                    binary {0, 1}; ternary {-1, 0, 1}; integer {-levels..levels}
         soft:          v_t = h_t - s_t V
-        soft_delayed:  v_t = h_t, and the next step subtracts s_t V without decay
+        soft_delayed:  v_t = h_t, and h_{t+1} = decay * v_t + x_{t+1} - s_t V
         hard:          v_t = v_reset where s_t != 0, else h_t
 
     Args:
         fire: the firing function. Binary fires at h >= V, ternary at |h| >= V, integer rounds half away from zero.
-        surrogate_function: derivative of a step at 0, called as ``surrogate_function(h / V - 1)``, returning a step.
-            Integer firing takes the slope of its rectangular window from ``surrogate_slope`` instead.
+        surrogate_function: derivative of a step at 0, called as ``surrogate_function(h / V - 1)``: a surrogate of
+            SpikingJelly (``spiking=False`` puts its smooth primitive in place of the step), or any callable whose
+            gradient is taken, such as snnTorch's. Integer firing has a window, ``surrogate_slope`` high, instead.
         decay: factor on the membrane between steps, > 0 and finite (1 / tau for ATMN).
         reset: see above; ``v_reset`` belongs to "hard".
         inject: "every" step, or the "first" alone (MAR, Eq. 1).
         levels: the largest integer spike, for ``fire="integer"``.
         detach_reset: no gradient through the spike in the reset.
+        compensation: for integer firing, mixes in g(x) = levels tanh(x / levels) with ``compensation_weight``, into
+            the derivative alone ("gradient") or into the spike itself ("blend").
     """
 
     fire: Fire
@@ -46,6 +50,8 @@ class Dynamics:
     v_reset: float = 0.0
     detach_reset: bool = False
     surrogate_slope: float = 1.0
+    compensation: Compensation | None = None
+    compensation_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name, accepted in (("fire", get_args(Fire)), ("reset", get_args(Reset)), ("inject", get_args(Inject))):
@@ -57,3 +63,8 @@ class Dynamics:
             raise SpikelmError(f"levels must be an integer >= 1; got {self.levels!r}")
         if self.fire != "integer" and self.surrogate_function is None:
             raise SpikelmError(f"fire={self.fire!r} needs a surrogate_function")
+        if getattr(self.surrogate_function, "max_spike_count", 1) != 1:
+            raise SpikelmError(
+                f"surrogate_function must stand for a step from 0 to 1; {self.surrogate_function} counts spikes. "
+                "fire='integer' (TILIF) does"
+            )

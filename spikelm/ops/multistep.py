@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from spikelm.errors import warn_once
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Dynamics
 from spikelm.ops.surrogate import derivative_of
@@ -20,6 +21,8 @@ def encode_sum(
     derivative = derivative_of(dynamics.surrogate_function)
     if dynamics.fire == "ternary" and dynamics.reset == "soft" and derivative is not None:
         return _TernaryEncodeSum.apply(x, threshold, dynamics, T, frame_weight, derivative)
+    if derivative is None and getattr(dynamics.surrogate_function, "spiking", True):
+        warn_once(f"{dynamics.surrogate_function}: no kernel for this surrogate, the reference is used")
     total = torch.zeros_like(x, dtype=reference.state_dtype(x.dtype))
     for t, frame in enumerate(reference.encode(x, threshold, dynamics, T)):
         total = total.add(frame, alpha=frame_weight**t)

@@ -11,34 +11,44 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from spikelm.ops.dynamics import Dynamics
+from spikelm.ops.surrogate import heaviside
 
 
 class _RoundAndClip(torch.autograd.Function):
-    """Rounds half away from zero and clips to [-levels, levels]; the gradient is ``slope`` where |x| <= levels."""
+    """Rounds half away from zero and clips to [-levels, levels].
+
+    The gradient is ``slope`` where |x| <= levels, of which a share ``smooth`` is that of levels tanh(x / levels).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, levels: int, slope: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, levels: int, slope: float, smooth: float) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.levels, ctx.slope = levels, slope
-        return (x.sign() * (x.abs() + 0.5).floor()).clamp(-levels, levels)
+        ctx.levels, ctx.slope, ctx.smooth = levels, slope, smooth
+        return (x.sign() * (x.abs() + 0.5).floor()).clamp(-levels, levels) + 0.0  # no -0.0 for small negative x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        return gradients[0] * (x.abs() <= ctx.levels) * ctx.slope, None, None
+        derivative = (x.abs() <= ctx.levels) * ctx.slope
+        if ctx.smooth:
+            derivative = (1 - ctx.smooth) * derivative + ctx.smooth * (1 - (x / ctx.levels).tanh().square())
+        return gradients[0] * derivative, None, None, None
 
 
 def fire(x: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
     """Spikes for a membrane in units of the threshold, x = h / V. A NaN never fires."""
     if dynamics.fire == "integer":
-        spikes = _RoundAndClip.apply(x, dynamics.levels, dynamics.surrogate_slope)
+        weight, levels = dynamics.compensation_weight, dynamics.levels
+        smooth = weight if dynamics.compensation == "gradient" else 0.0
+        spikes = _RoundAndClip.apply(x, levels, dynamics.surrogate_slope, smooth)
+        if dynamics.compensation == "blend":
+            spikes = (1 - weight) * spikes + weight * levels * (x / levels).tanh()
         return torch.where(x.isnan(), torch.zeros_like(x), spikes)
-    surrogate = dynamics.surrogate_function
-    assert surrogate is not None  # Dynamics refuses this combination
+    assert dynamics.surrogate_function is not None  # Dynamics refuses this combination
     if dynamics.fire == "binary":
-        return surrogate(x - 1)
-    return surrogate(x - 1) - surrogate(-x - 1)
+        return heaviside(x - 1, dynamics.surrogate_function)
+    return heaviside(x - 1, dynamics.surrogate_function) - heaviside(-x - 1, dynamics.surrogate_function)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,18 +57,23 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def step(
-    x: torch.Tensor | None, v: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics
+    x: torch.Tensor | None,
+    v: torch.Tensor,
+    threshold: torch.Tensor,
+    dynamics: Dynamics,
+    decay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step. x [N, *] (None: no input in this step), v [N, *] and threshold (broadcast) in the state's type.
 
-    Returns the spikes and the next membrane, both [N, *].
+    ``decay`` (broadcast) takes the place of the dynamics' number where it is learned. Returns the spikes and the next
+    membrane, both [N, *].
     """
-    h = v * dynamics.decay
+    h = v * (dynamics.decay if decay is None else decay)
+    if x is not None:
+        h = h + x
     if dynamics.reset == "soft_delayed":  # the state is h before its reset, so its spikes are known from it
         earlier = fire(v / threshold, dynamics)
         h = h - (earlier.detach() if dynamics.detach_reset else earlier) * threshold
-    if x is not None:
-        h = h + x
     s = fire(h / threshold, dynamics)
     spike_of_reset = s.detach() if dynamics.detach_reset else s
     if dynamics.reset == "soft":

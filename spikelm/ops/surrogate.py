@@ -10,6 +10,18 @@ import torch
 from spikingjelly.activation_based import surrogate
 
 
+def heaviside(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """1 where x >= 0, else 0 (also for NaN), with the gradient of ``function``; in x's dtype.
+
+    SpikingJelly's surrogates fire so themselves, or return their smooth primitive (``spiking=False``). Of any other
+    callable the gradient alone is taken: snnTorch's fire at x > 0 and return float32.
+    """
+    if hasattr(function, "spiking"):
+        return function(x)
+    value = function(x).to(x.dtype)
+    return (x >= 0).to(x.dtype) + (value - value.detach())
+
+
 def atan_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:
     """(alpha / 2) / (1 + (pi/2 alpha x)^2), the derivative of SpikingJelly's ATan."""
     return (x * (math.pi / 2 * alpha)).square_().add_(1).reciprocal_().mul_(alpha / 2)

@@ -303,7 +303,7 @@ def test_functional_forward_with_explicit_states(step_mode: str) -> None:
 def test_other_surrogates_drive_the_gradient() -> None:
     x = torch.randn(5, 3, requires_grad=True)
     gradients = []
-    for function in (None, surrogate.Sigmoid(alpha=4.0)):
+    for function in (None, surrogate.Sigmoid(alpha=4.0, spiking=False)):
         ATMN(surrogate_function=function).encode_sum(x).sum().backward()
         gradients.append(x.grad)
         x.grad = None

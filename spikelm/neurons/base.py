@@ -1,0 +1,268 @@
+"""What every neuron shares: SpikingJelly's contract around one Dynamics, and the threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import surrogate
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import nn
+
+from spikelm.errors import SpikelmError
+from spikelm.ops import reference
+from spikelm.ops.dynamics import Dynamics
+
+BACKENDS = ("auto", "torch")
+
+
+class DynamicsNode(BaseNode):
+    """A SpikingJelly node whose steps are those of a :class:`~spikelm.ops.dynamics.Dynamics`.
+
+    A subclass gives the property :attr:`dynamics`. If its input enters at the first step alone, it also registers the
+    memory ``steps_taken``, 0, which then counts the steps since the last reset.
+
+    Args:
+        v_threshold: V, a float > 0.
+        v_reset: None for the soft resets; the membrane after a hard one, which is also its first value.
+        num_channels: size of ``channel_dim`` for one threshold a channel; None for a single threshold.
+        channel_dim: the channels' axis in an input of one step, [N, *]: -1 for [N, *, C], 1 for [N, C, H, W].
+        learn_threshold: whether log V is a parameter.
+        surrogate_function: derivative of a firing step, SpikingJelly's or snnTorch's; None is ATan(alpha=2) [ours].
+        detach_reset: no gradient through the spike in the reset.
+        step_mode, store_v_seq: as in SpikingJelly.
+        backend: "auto" or "torch".
+
+    Shape:
+        step_mode "s": x [N, *] -> [N, *]; "m": x_seq [T, N, *] -> [T, N, *]; spikes come in the input's dtype.
+
+    Attributes:
+        a: log V, shape [] or [num_channels]; None for a single fixed threshold, which stays a float.
+        v: membrane, float32 (float64 for float64 input); a float before the first step.
+    """
+
+    v_seq: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        v_threshold: float,
+        v_reset: float | None,
+        num_channels: int | None,
+        channel_dim: int,
+        learn_threshold: bool,
+        surrogate_function: Callable[[torch.Tensor], torch.Tensor] | None,
+        detach_reset: bool,
+        step_mode: str,
+        store_v_seq: bool,
+        backend: str,
+    ) -> None:
+        check_threshold(v_threshold)
+        if num_channels is not None:
+            check_count("num_channels", num_channels)
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise SpikelmError(f"channel_dim must be an integer; got {channel_dim!r}")
+        for name, value in (("learn_threshold", learn_threshold), ("detach_reset", detach_reset)):
+            if not isinstance(value, bool):
+                raise SpikelmError(f"{name} must be True or False; got {value!r}")
+        super().__init__(
+            v_threshold=v_threshold,
+            v_reset=v_reset,
+            surrogate_function=surrogate_function or surrogate.ATan(alpha=2.0),
+            detach_reset=detach_reset,
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+        )
+        self.num_channels, self.channel_dim = num_channels, channel_dim
+        a = torch.full(() if num_channels is None else (num_channels,), math.log(v_threshold))
+        if learn_threshold:
+            self.a = nn.Parameter(a)
+        else:
+            self.register_buffer("a", None if num_channels is None else a)
+        self.backend = backend
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The equations of one step."""
+        raise NotImplementedError(f"{type(self).__name__} has no dynamics")
+
+    @property
+    def v_threshold(self) -> float | torch.Tensor:
+        """V: a float if single and fixed, else exp(a), shape [] or [num_channels]."""
+        return self._v_threshold if self.a is None else self.a.exp()
+
+    @v_threshold.setter
+    def v_threshold(self, value: float | torch.Tensor) -> None:
+        if not isinstance(value, torch.Tensor):
+            check_threshold(value)
+        elif not bool((value > 0).all()):
+            raise SpikelmError(f"v_threshold must be > 0; got a smallest value of {float(value.min())}")
+        a = getattr(self, "a", None)  # BaseNode.__init__ assigns before it exists
+        if a is None:
+            if isinstance(value, torch.Tensor) and value.numel() != 1:
+                raise SpikelmError(
+                    f"{type(self).__name__} has one threshold; got v_threshold of shape {tuple(value.shape)}. "
+                    "num_channels gives one a channel"
+                )
+            self._v_threshold = float(value)
+        else:
+            with torch.no_grad():
+                a.copy_(torch.as_tensor(value, dtype=a.dtype, device=a.device).log())
+
+    @property
+    def backend(self) -> str:
+        """Where the steps are computed."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        if value not in BACKENDS:
+            raise SpikelmError(f"backend must be one of {', '.join(BACKENDS)}; got {value!r}")
+        self._backend = value
+
+    @property
+    def supported_backends(self) -> tuple[str, ...]:
+        """Accepted by SpikingJelly's set_backend where that exists."""
+        return BACKENDS
+
+    def materialize_states(
+        self, inputs: tuple[torch.Tensor, ...], states: tuple[Any, ...], step_mode: str
+    ) -> tuple[Any, ...]:
+        """SpikingJelly 2's hook: a fresh or wrongly shaped membrane starts every state anew."""
+        x = inputs[0]
+        if step_mode == "m" and x.dim() < 2:
+            raise SpikelmError(f"step_mode 'm' takes x_seq [T, N, *]; got shape {tuple(x.shape)}")
+        shape = x.shape[1:] if step_mode == "m" else x.shape
+        self._check_input(x, shape)
+        v, *others = states
+        dtype = reference.state_dtype(x.dtype)
+        if isinstance(v, torch.Tensor) and v.shape == shape:
+            return (v.to(device=x.device, dtype=dtype), *others)
+        start = self._memories_rv["v"] if isinstance(v, torch.Tensor) else v
+        v = torch.full(shape, start, dtype=dtype, device=x.device)
+        return (v, *(value for name, value in self._memories_rv.items() if name != "v"))
+
+    def single_step_functional_forward(
+        self, inputs: tuple[torch.Tensor, ...], states: tuple[Any, ...]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+        """One step with explicit states: v [N, *] first, then the other memories."""
+        x, memories, dynamics = inputs[0], dict(zip(self._memories, states, strict=True)), self.dynamics
+        skip = dynamics.inject == "first" and memories["steps_taken"] > 0
+        v = memories["v"]
+        s, memories["v"] = reference.step(None if skip else x.to(v.dtype), v, self._threshold(x, x.dim()), dynamics)
+        if "steps_taken" in memories:
+            memories["steps_taken"] += 1
+        return (s.to(x.dtype),), tuple(memories.values())
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[torch.Tensor, ...], states: tuple[Any, ...]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+        """All steps of x_seq [T, N, *] with explicit states."""
+        spikes, _, states = self._multi_step(inputs[0], states)
+        return (spikes,), states
+
+    # SpikingJelly 2 has these two; 0.0.0.0.14 has other ones, built on methods that this class does not define.
+
+    def single_step_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One step of x [N, *], carrying the states from earlier calls."""
+        states = self.materialize_states((x,), tuple(self._memories.values()), "s")
+        (spikes,), states = self.single_step_functional_forward((x,), states)
+        self._memories.update(zip(self._memories, states, strict=True))
+        if self.store_v_seq:
+            earlier, v = self.v_seq, self.v.unsqueeze(0)
+            continues = earlier is not None and (earlier.shape[1:], earlier.dtype) == (v.shape[1:], v.dtype)
+            self.v_seq = torch.cat((earlier, v) if earlier is not None and continues else (v,))
+        return spikes
+
+    def multi_step_forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        """All steps of x_seq [T, N, *], carrying the states from earlier calls."""
+        states = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
+        spikes, membranes, states = self._multi_step(x_seq, states)
+        self._memories.update(zip(self._memories, states, strict=True))
+        if self.store_v_seq:
+            self.v_seq = membranes
+        return spikes
+
+    def _multi_step(
+        self, x_seq: torch.Tensor, states: tuple[Any, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+        memories = dict(zip(self._memories, states, strict=True))
+        threshold = self._threshold(x_seq, x_seq.dim() - 1)
+        steps_taken = memories.get("steps_taken", 0)
+        spikes, membranes = reference.multi_step(x_seq, memories["v"], threshold, self.dynamics, steps_taken)
+        if len(membranes):
+            memories["v"] = membranes[-1].clone()  # a view would break reset() and detach()
+        if "steps_taken" in memories:
+            memories["steps_taken"] = steps_taken + len(x_seq)
+        return spikes, membranes, tuple(memories.values())
+
+    def _threshold(self, x: torch.Tensor, frame_dims: int) -> torch.Tensor:
+        """V in the state's type, shaped to broadcast over a frame [N, *] of ``frame_dims`` axes."""
+        dtype = reference.state_dtype(x.dtype)
+        if self.a is None:
+            # A tensor on the device: CUDA would multiply by the reciprocal of a plain number, and miss ties.
+            return torch.full((), self._v_threshold, dtype=dtype, device=x.device)
+        V = self.a.to(dtype).exp()
+        behind = (frame_dims if self.channel_dim >= 0 else 0) - 1 - self.channel_dim
+        return V.view(-1, *[1] * behind) if V.dim() and behind else V
+
+    def _check_input(self, x: torch.Tensor, frame_shape: torch.Size) -> None:
+        if not x.is_floating_point():
+            raise SpikelmError(f"{type(self).__name__} takes a floating-point tensor; got {x.dtype}")
+        if self.num_channels is None:
+            return
+        there = -len(frame_shape) <= self.channel_dim < len(frame_shape)
+        if not there or frame_shape[self.channel_dim] != self.num_channels:
+            axis = "the last axis" if self.channel_dim == -1 else f"axis {self.channel_dim}"
+            raise SpikelmError(
+                f"{type(self).__name__} has {self.num_channels} channels on {axis}; got input of shape {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments that differ between instances."""
+        threshold = f"v_threshold={self._v_threshold:g}" if self.a is None else f"num_channels={self.num_channels}"
+        axis = "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
+        return (
+            f"{threshold}{axis}, detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={self.backend}"
+        )
+
+
+def set_backend(net: nn.Module, backend: str) -> None:
+    """Sets the backend of every spikelm neuron in ``net``; SpikingJelly 2 has no such function any more.
+
+    Raises:
+        SpikelmError: unknown backend, or ``net`` holds no spikelm neuron. Nothing is changed then.
+    """
+    neurons = [module for module in net.modules() if isinstance(module, DynamicsNode)]
+    if not neurons:
+        raise SpikelmError(f"set_backend({backend!r}): the network holds no spikelm neuron")
+    for neuron in neurons:
+        neuron.backend = backend
+
+
+def check_threshold(value: float) -> None:
+    """A float that float32 holds as a positive normal number."""
+    limits = torch.finfo(torch.float32)
+    if not isinstance(value, float) or not limits.tiny <= value <= limits.max:
+        raise SpikelmError(f"v_threshold must be a float within [{limits.tiny:.4g}, {limits.max:.4g}]; got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """A finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise SpikelmError(f"{name} must be a finite number > 0; got {value!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """An integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpikelmError(f"{name} must be an integer >= 1; got {value!r}")
+
+
+def check_beta(beta: float, allow_growth: bool) -> None:
+    """A decay per step within (0, 1], or any finite one > 0 where growth is allowed."""
+    check_positive("beta", beta)
+    if beta > 1 and not allow_growth:
+        raise SpikelmError(f"beta must be within (0, 1]; got {beta!r}. allow_growth=True accepts a membrane that grows")

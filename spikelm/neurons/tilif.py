@@ -1,0 +1,166 @@
+"""TILIF, the ternary-integer LIF neuron of SpikingMamba."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import nn
+
+from spikelm.errors import SpikelmError
+from spikelm.neurons.base import DynamicsNode, check_beta, check_count, check_positive
+from spikelm.ops import reference
+from spikelm.ops.dynamics import Compensation, Dynamics
+
+
+class TILIF(DynamicsNode):
+    r"""Ternary-integer LIF (SpikingMamba, arXiv 2510.04595; SI-LIF in its second version).
+
+    .. math::
+        h_t = \beta v_{t-1} + x_t, \qquad
+        s_t = \mathrm{clip}\big(\mathrm{sign}(h_t) \lfloor |h_t| / V + 1/2 \rfloor, -D, D\big), \qquad
+        v_t = h_t - s_t V
+
+    The paper's form is a single step from v = 0 (:meth:`encode_sum`); the recurrence over steps is ours. The
+    derivative of the firing is ``alpha`` where |h| <= D V, else 0.
+
+    Args:
+        D: the largest spike, >= 1; 1 is a ternary neuron.
+        beta: factor on the membrane between steps, within (0, 1].
+        v_threshold: V, a float > 0.
+        num_channels, channel_dim: one threshold for every index of that axis of an input [N, *].
+        learn_threshold: whether log V is a parameter.
+        alpha: height of the surrogate's window, > 0.
+        sgc: smoothed gradient compensation in training, with h(x) = D tanh(x / D) and w = ``sgc_weight`` [ours].
+            "gradient": the spike stays s, its derivative becomes (1 - w) alpha [|x| <= D] + w h'(x).
+            "blend": the output itself becomes (1 - w) s + w h(x); see :func:`anneal_sgc`. Neither in eval mode.
+        sgc_weight: w, within [0, 1].
+        detach_reset: no gradient through the spike in the reset.
+        allow_growth: accept beta > 1.
+        step_mode, store_v_seq, backend: see :class:`~spikelm.neurons.base.DynamicsNode`.
+
+    Shape:
+        step_mode "s": x [N, *] -> [N, *]; "m": x_seq [T, N, *] -> [T, N, *], integers in -D..D, the input's dtype.
+    """
+
+    def __init__(
+        self,
+        D: int = 4,
+        beta: float = 1.0,
+        v_threshold: float = 1.0,
+        num_channels: int | None = None,
+        learn_threshold: bool = False,
+        alpha: float = 1.0,
+        sgc: Compensation | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str = "auto",
+        channel_dim: int = -1,
+        sgc_weight: float = 0.3,
+        allow_growth: bool = False,
+    ) -> None:
+        check_count("D", D)
+        check_beta(beta, allow_growth)
+        check_positive("alpha", alpha)
+        if sgc is not None and sgc not in get_args(Compensation):
+            raise SpikelmError(f"sgc must be None or one of {', '.join(get_args(Compensation))}; got {sgc!r}")
+        super().__init__(
+            v_threshold=v_threshold,
+            v_reset=None,
+            num_channels=num_channels,
+            channel_dim=channel_dim,
+            learn_threshold=learn_threshold,
+            surrogate_function=None,
+            detach_reset=detach_reset,
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+            backend=backend,
+        )
+        self.surrogate_function = None  # the window is in the dynamics
+        self.D, self.beta, self.alpha, self.sgc = D, float(beta), float(alpha), sgc
+        self.sgc_weight = sgc_weight
+        self.dynamics  # noqa: B018  refuses bad arguments here rather than at the first call
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The equations of one step; without compensation in eval mode."""
+        return Dynamics(
+            fire="integer",
+            decay=self.beta,
+            levels=self.D,
+            detach_reset=self.detach_reset,
+            surrogate_slope=self.alpha,
+            compensation=self.sgc if self.training else None,
+            compensation_weight=self.sgc_weight,
+        )
+
+    @property
+    def sgc_weight(self) -> float:
+        """w of the compensation."""
+        return self._sgc_weight
+
+    @sgc_weight.setter
+    def sgc_weight(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise SpikelmError(f"sgc_weight must be a number within [0, 1]; got {value!r}")
+        self._sgc_weight = float(value)
+
+    def encode_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The spikes of one step from v = 0, the paper's form: shape and dtype of x. Leaves the membrane alone."""
+        self._check_input(x, x.shape)
+        h = x.to(reference.state_dtype(x.dtype))
+        return reference.fire(h / self._threshold(x, x.dim()), self.dynamics).to(x.dtype)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """The D ternary frames whose sum is ``encode_sum(x)``: [D, *x.shape] in x's dtype, without gradient."""
+        self._check_input(x, x.shape)
+        h = x.detach().to(reference.state_dtype(x.dtype))
+        spikes = reference.fire(h / self._threshold(x, x.dim()), Dynamics(fire="integer", levels=self.D))
+        return self.to_ternary(spikes.to(x.dtype))
+
+    def to_ternary(self, spikes: torch.Tensor) -> torch.Tensor:
+        """Spikes [*] in -D..D as D frames [D, *]: frame i (from 1) is sign(s) where \\|s\\| >= i. No gradient.
+
+        Raises:
+            SpikelmError: a value is not an integer in -D..D.
+        """
+        spikes = spikes.detach()
+        if not bool(((spikes == spikes.round()) & (spikes.abs() <= self.D)).all()):
+            raise SpikelmError(
+                f"to_ternary takes integers within -{self.D}..{self.D}; got values from {spikes.min().item():g} to "
+                f"{spikes.max().item():g}"
+            )
+        return torch.stack([(spikes >= i).to(spikes.dtype) - (spikes <= -i).to(spikes.dtype) for i in self._levels])
+
+    @property
+    def _levels(self) -> range:
+        return range(1, self.D + 1)
+
+    @staticmethod
+    def from_ternary(frames: torch.Tensor) -> torch.Tensor:
+        """Sums ternary frames [D, *] back to spikes [*], in their dtype."""
+        return frames.sum(0, dtype=frames.dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ between instances."""
+        return f"D={self.D}, beta={self.beta:g}, alpha={self.alpha:g}, sgc={self.sgc}, {super().extra_repr()}"
+
+
+def anneal_sgc(net: nn.Module, progress: float, *, start: float = 0.3, end: float = 0.9) -> float:
+    """Sets sgc_weight of every TILIF in ``net``: ``start`` at progress 0, linearly to 0 at progress ``end`` [ours].
+
+    Args:
+        progress: share of the training that is done, within [0, 1].
+        end: where the weight reaches 0, within (0, 1]: the rest trains on what inference computes.
+
+    Returns:
+        The weight.
+    """
+    if not 0 <= progress <= 1 or not 0 < end <= 1:
+        raise SpikelmError(f"progress must be within [0, 1] and end within (0, 1]; got {progress!r} and {end!r}")
+    weight = start * max(0.0, 1 - progress / end)
+    for module in net.modules():
+        if isinstance(module, TILIF):
+            module.sgc_weight = weight
+    return weight
