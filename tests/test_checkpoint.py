@@ -70,6 +70,7 @@ def test_a_new_process_gives_the_same_greedy_tokens(
         assert len(greedy(model)[0, 12:].unique()) > 2
 
 
+@pytest.mark.filterwarnings("ignore:.*no kernel for this surrogate")
 @pytest.mark.parametrize("learn_threshold", [True, False])
 def test_everything_comes_back(tmp_path: Path, learn_threshold: bool) -> None:
     model = spiking_llamba(

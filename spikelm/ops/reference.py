@@ -51,6 +51,19 @@ def fire(x: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
     return heaviside(x - 1, dynamics.surrogate_function) - heaviside(-x - 1, dynamics.surrogate_function)
 
 
+def reset_mask(s: torch.Tensor, x: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
+    """1 where the spikes ``s`` of x = h / V clear the membrane, else 0; differentiable as SpikingJelly's is.
+
+    Ternary spikes add the two thresholds' events, of which ``s`` is the difference. A count has no such derivative.
+    """
+    if dynamics.fire == "binary":
+        return s
+    if dynamics.fire == "integer":
+        return (s != 0).to(s.dtype)
+    assert dynamics.surrogate_function is not None
+    return heaviside(x - 1, dynamics.surrogate_function) + heaviside(-x - 1, dynamics.surrogate_function)
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type the membrane is kept in for an input of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -75,13 +88,13 @@ def step(
         earlier = fire(v / threshold, dynamics)
         h = h - (earlier.detach() if dynamics.detach_reset else earlier) * threshold
     s = fire(h / threshold, dynamics)
-    spike_of_reset = s.detach() if dynamics.detach_reset else s
     if dynamics.reset == "soft":
-        return s, h - spike_of_reset * threshold
+        return s, h - (s.detach() if dynamics.detach_reset else s) * threshold
     if dynamics.reset == "hard":
-        # The gradient of the product form, without the NaN that inf * 0 would leave.
-        cleared = torch.where(s != 0, torch.zeros_like(h), h)
-        return s, cleared + (dynamics.v_reset - cleared) * spike_of_reset.abs().clamp(max=1)
+        mask = reset_mask(s, h / threshold, dynamics)
+        mask = mask.detach() if dynamics.detach_reset else mask
+        finite = torch.where(h.isinf() & (s != 0), torch.zeros_like(h), h)  # inf * 0 would be NaN
+        return s, (1 - mask) * finite + mask * dynamics.v_reset
     return s, h
 
 
