@@ -1,4 +1,4 @@
-"""Figures of a run, each one PNG: loss curves, firing rates by layer and site, a raster of spikes."""
+"""Figures, each one PNG: a raster of spikes, a neuron's response, loss curves, firing rates by layer and site."""
 
 import json
 import math
@@ -14,6 +14,8 @@ from spikelm.errors import SpikelmError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from spikelm.neurons import DynamicsNode
 
 # Logged with the losses, but not losses.
 NOT_LOSSES = (
@@ -39,13 +41,16 @@ def raster(
     path: str | Path,
     *,
     tokens: Sequence[str] | None = None,
-    title: str = "Spikes of one sentence",
+    x_label: str | None = None,
+    title: str = "Spikes",
     max_channels: int = 96,
 ) -> Path:
     """Draw signed spikes, frames [T, L, C] or their value per token [L, C], red for positive and blue for negative.
 
-    Time runs to the right: tokens, and the T internal steps within each. `tokens` are the L labels. Of more than
-    `max_channels` channels the first are shown, and the axis says so. Returns the path.
+    Time runs to the right: tokens, and the T internal steps within each. `tokens` are the L labels, `x_label` says what
+    else L counts. The spikes of one sample of a network with time on axis 0, [T, N, *], are
+    `raster(spikes[:, sample].flatten(1), path, x_label="time step")`. Of more than `max_channels` channels the first
+    are shown, and the axis says so. Returns the path.
     """
     if frames.dim() == 2:
         frames = frames[None]
@@ -73,7 +78,7 @@ def raster(
     if length <= 100:
         for token in range(1, length):
             axes.axvline(token, color="0.85", linewidth=0.6)
-    axes.set_xlabel("token" if steps == 1 else f"token, {steps} internal steps each")
+    axes.set_xlabel(x_label or ("token" if steps == 1 else f"token, {steps} internal steps each"), parse_math=False)
     axes.set_ylabel("channel" if shown == channels else f"channel (first {shown} of {channels})")
     if tokens is not None:
         every = math.ceil(length / 100)
@@ -86,6 +91,77 @@ def raster(
     bar.set_label("spike")
     bar.set_ticks([-top, 0, top])
     return _save(figure, path)
+
+
+def response(
+    neurons: "DynamicsNode | Mapping[str, DynamicsNode]",
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    channel: int = 0,
+    low: float = -5.0,
+    high: float = 5.0,
+    title: str = "Response and surrogate gradient",
+) -> Path:
+    """Draw what a neuron makes of inputs from low to high, and below it the derivative that training uses.
+
+    Several neurons, {label: neuron}, share the figure. Both curves, `steps` and `channel` are those of
+    :func:`response_curve`. Returns the path.
+    """
+    named = neurons if isinstance(neurons, Mapping) else {type(neurons).__name__: neurons}
+    if not named or not low < high:
+        raise SpikelmError(f"a response needs a neuron and low < high; got {len(named)} neurons, {low} and {high}")
+    x = torch.linspace(low, high, 2001)
+    curves = {label: response_curve(neuron, x, steps=steps, channel=channel) for label, neuron in named.items()}
+    figure = _new_figure(7.0, 6.0)
+    above, below = figure.subplots(2, 1, sharex=True)
+    for place, (label, curve) in enumerate(curves.items()):
+        for axes, values in zip((above, below), curve, strict=True):
+            # Later ones are thinner, so that equal stretches show both.
+            axes.plot(x.numpy(), values.numpy(), label=label, linewidth=max(0.9, 4.0 - 1.6 * place))
+            axes.grid(True, color="0.92", linewidth=0.6)
+    above.set_ylabel("output of one encoding" if steps is None else f"sum of the spikes of {steps} steps")
+    above.locator_params(axis="y", integer=True)
+    below.set_ylabel("d output / d input")
+    below.set_xlabel("input" if steps is None else "input, the same at every step")
+    above.set_title(title, parse_math=False)
+    if len(named) > 1:
+        above.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def response_curve(
+    neuron: "DynamicsNode", x: torch.Tensor, *, steps: int | None = None, channel: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, d output / d x by autograd) of a spikelm neuron at every value of x [points]; both [points].
+
+    Args:
+        steps: the output is the sum of the spikes of so many steps from a fresh membrane, each of which gets x.
+            None: it is one encoding, `neuron.encode_sum(x)`, which ATMN and TILIF have.
+        channel: whose threshold, for a neuron with `num_channels`.
+
+    The neuron's memories are neither read nor changed. Whether it is in training mode counts, as for TILIF's `sgc`.
+    """
+    if steps is None and not hasattr(neuron, "encode_sum"):
+        raise SpikelmError(f"{type(neuron).__name__} has no encode_sum: give steps, the number of steps that get x")
+    if steps is not None and steps < 1:
+        raise SpikelmError(f"steps must be >= 1, or None for one encoding; got {steps}")
+    if not 0 <= channel < (neuron.num_channels or 1):
+        raise SpikelmError(f"channel must be within 0..{(neuron.num_channels or 1) - 1}; got {channel}")
+    with torch.enable_grad():
+        x = x.detach().to("cpu" if neuron.a is None else neuron.a.device).requires_grad_()
+        inputs = _on_every_channel(x, neuron)
+        if steps is None:
+            output = neuron.encode_sum(inputs)
+        else:
+            x_seq = inputs.expand(steps, *inputs.shape)
+            fresh = neuron.materialize_states((x_seq,), tuple(neuron._memories_rv.values()), "m")
+            (spikes,), _ = neuron.multi_step_functional_forward((x_seq,), fresh)
+            output = spikes.sum(0)
+        if neuron.num_channels is not None:
+            output = output.select(neuron.channel_dim, channel)
+        (gradient,) = torch.autograd.grad(output.sum(), x)
+    return output.detach().flatten().cpu(), gradient.cpu()
 
 
 def loss_curves(logs: Mapping[str, str | Path], path: str | Path) -> Path:
@@ -211,6 +287,16 @@ def pareto(
     axes.grid(True, which="both", color="0.92", linewidth=0.6)
     axes.legend(fontsize=8)
     return _save(figure, path)
+
+
+def _on_every_channel(x: torch.Tensor, neuron: "DynamicsNode") -> torch.Tensor:
+    """x [points] as one step's input, with an axis on which each of the neuron's channels gets all of x."""
+    channels, axis = neuron.num_channels, neuron.channel_dim
+    if channels is None:
+        return x
+    if axis < 0:
+        return x.view(-1, *[1] * -axis).expand(-1, channels, *[1] * (-axis - 1))
+    return x.view(*[1] * (axis + 1), -1).expand(*[1] * axis, channels, -1)
 
 
 def _layer_and_site(name: str) -> tuple[int | None, str]:

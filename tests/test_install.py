@@ -129,7 +129,7 @@ def pip_install(source: Path, installed_torch: str, *arguments: str) -> subproce
 
 
 @pytest.mark.parametrize("installed_torch", ["2.6.0+cu124", "2.11.0+cu130", "2.13.0"])
-@pytest.mark.parametrize("extras", ["", "[hf]"])
+@pytest.mark.parametrize("extras", ["", "[hf]", "[snntorch,test]"])
 def test_install_keeps_the_installed_torch(source_copy: Path, installed_torch: str, extras: str) -> None:
     result = pip_install(source_copy, installed_torch, f".{extras}")
     assert result.returncode == 0, result.stderr

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from spikelm import plot
 from spikelm.errors import SpikelmError
-from spikelm.plot import firing_heatmap, loss_curves, raster, read_losses
+from spikelm.neurons import ATMN, TILIF, BinaryIF, DynamicsNode
+from spikelm.plot import firing_heatmap, loss_curves, raster, read_losses, response, response_curve
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -65,6 +68,127 @@ def test_raster_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
         raster(torch.zeros(0, 3, 3), tmp_path / "x.png")
     with pytest.raises(SpikelmError, match="3 tokens, 2 labels"):
         raster(torch.zeros(1, 3, 3), tmp_path / "x.png", tokens=["a", "b"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved, in order."""
+    figures = []
+    save = plot._save
+    monkeypatch.setattr(plot, "_save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
+    return figures
+
+
+def test_raster_says_what_runs_to_the_right(tmp_path: Path, drawn: list[Any]) -> None:
+    raster(torch.ones(3, 5, 2), tmp_path / "frames.png")
+    raster(torch.ones(5, 2), tmp_path / "values.png")
+    spikes = torch.zeros(7, 4, 2, 3)  # time, samples, channels, places
+    spikes[5, 1, 0, 1] = 1
+    raster(spikes[:, 1].flatten(1), tmp_path / "network.png", x_label="time step $t", title="One sample")
+    assert [figure.axes[0].get_xlabel() for figure in drawn] == [
+        "token, 3 internal steps each",
+        "token",
+        "time step $t",
+    ]
+    (image,) = drawn[2].axes[0].get_images()
+    assert image.get_array().shape == (6, 7)  # neurons down, time to the right
+    assert image.get_array().nonzero() == ([1], [5])
+    assert drawn[2].axes[0].get_title() == "One sample: 2.4 % of 42 neuron steps fire"
+
+
+def atan(x: torch.Tensor) -> torch.Tensor:
+    """Derivative of ATan(alpha=2)."""
+    return 1 / (1 + (torch.pi * x).square())
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_response_of_atmn_is_its_count_and_a_bump_at_each_threshold(T: int) -> None:
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    neuron = ATMN(v_threshold=2.0, T=T, learn_threshold=False)  # a learned one is exp(a), 2 but for rounding
+    output, gradient = response_curve(neuron, x)
+    torch.testing.assert_close(output, x.sign() * (x.abs() / 2).floor().clamp(max=T))
+    if T == 1:
+        torch.testing.assert_close(gradient, (atan(x / 2 - 1) + atan(x / 2 + 1)) / 2)
+    torch.testing.assert_close(response_curve(neuron, x, steps=T), (output, gradient))
+
+
+@pytest.mark.parametrize("sgc", [None, "gradient", "blend"])
+def test_response_of_tilif_is_rounding_and_its_window(sgc: Any) -> None:
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    neuron = TILIF(D=3, sgc=sgc, sgc_weight=0.25)
+    rounded, smooth = x.sign() * (x.abs() + 0.5).floor().clamp(max=3), 3 * (x / 3).tanh()
+    window, slope = (x.abs() <= 3).double(), 1 - (x / 3).tanh().square()
+    weight = 0.25 if sgc else 0.0
+    output, gradient = response_curve(neuron, x)
+    torch.testing.assert_close(output, 0.75 * rounded + 0.25 * smooth if sgc == "blend" else rounded)
+    torch.testing.assert_close(gradient, (1 - weight) * window + weight * slope)
+    torch.testing.assert_close(response_curve(neuron.eval(), x), (rounded, window))
+
+
+def test_response_of_binary_if_are_the_rates_of_a_constant_current() -> None:
+    x = torch.tensor([0.3, 0.5, 0.7, 1.0, 2.0])
+    neuron = BinaryIF(beta=0.9, reset_delay=True)
+    output, gradient = response_curve(neuron, x, steps=4)
+    assert (output / 4).tolist() == [0.25, 0.25, 0.5, 0.75, 1.0]  # papers/bispikclm.md
+    assert (response_curve(neuron, x, steps=2)[0] / 2).tolist() == [0, 0, 0.5, 0.5, 1.0]
+    torch.testing.assert_close(response_curve(neuron, x, steps=1)[1], atan(x - 1))
+    assert gradient.gt(0).all()
+
+
+@pytest.mark.parametrize("channel_dim", [-1, -3, 0, 1])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_response_of_a_channel_uses_its_threshold(channel_dim: int, steps: int | None) -> None:
+    neuron = TILIF(D=2, num_channels=3, channel_dim=channel_dim)
+    neuron.v_threshold = torch.tensor([0.5, 1.0, 4.0])
+    x = torch.linspace(-5, 5, 41)
+    for channel, V in enumerate((0.5, 1.0, 4.0)):
+        expected = response_curve(TILIF(D=2, v_threshold=V), x, steps=steps)
+        torch.testing.assert_close(response_curve(neuron, x, steps=steps, channel=channel), expected)
+
+
+@pytest.mark.parametrize("create", [lambda: ATMN(T=2), lambda: BinaryIF(v_reset=0.5), lambda: TILIF(beta=0.5)])
+def test_response_leaves_the_neuron_alone(create: Callable[[], DynamicsNode]) -> None:
+    x, neuron = torch.linspace(-1, 1, 5), create()
+    neuron(torch.full((3,), 0.7))
+    memories, v = dict(neuron._memories), neuron.v.clone()
+    with torch.no_grad():
+        curves = response_curve(neuron, x, steps=3)
+    torch.testing.assert_close(curves, response_curve(create(), x, steps=3))
+    assert all(neuron._memories[name] is value for name, value in memories.items())
+    assert neuron.v.equal(v)
+    assert all(parameter.grad is None for parameter in neuron.parameters())
+
+
+def test_response_draws_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
+    neurons = {"tau $1": ATMN(), "tau 0.5": ATMN(tau=0.5, frame_weight=0.5)}
+    assert response(neurons, tmp_path / "two.png", low=-3, high=3).stat().st_size > 1000
+    response(BinaryIF(), tmp_path / "one.png", steps=4)
+    above, below = drawn[0].axes
+    assert [line.get_label() for line in above.get_lines()] == list(neurons)
+    for lines, neuron in zip(zip(above.get_lines(), below.get_lines(), strict=True), neurons.values(), strict=True):
+        x = torch.as_tensor(lines[0].get_xdata())
+        assert (x[0], x[-1]) == (-3, 3)
+        for line, values in zip(lines, response_curve(neuron, x), strict=True):
+            torch.testing.assert_close(torch.as_tensor(line.get_ydata()), values)
+    assert drawn[1].axes[0].get_ylabel() == "sum of the spikes of 4 steps"
+    assert drawn[1].axes[0].get_legend() is None
+
+
+def test_response_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    with pytest.raises(SpikelmError, match="BinaryIF has no encode_sum: give steps"):
+        response(BinaryIF(), path)
+    with pytest.raises(SpikelmError, match="steps must be >= 1, or None for one encoding; got 0"):
+        response(ATMN(), path, steps=0)
+    with pytest.raises(SpikelmError, match=r"channel must be within 0\.\.2; got 3"):
+        response(ATMN(num_channels=3), path, channel=3)
+    with pytest.raises(SpikelmError, match=r"channel must be within 0\.\.0; got 1"):
+        response(ATMN(), path, channel=1)
+    with pytest.raises(SpikelmError, match="low < high; got 1 neurons, 2.0 and 2.0"):
+        response(ATMN(), path, low=2.0, high=2.0)
+    with pytest.raises(SpikelmError, match="needs a neuron"):
+        response({}, path)
     assert list(tmp_path.iterdir()) == []
 
 

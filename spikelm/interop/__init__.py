@@ -1,0 +1,1 @@
+"""The neurons in other frameworks: snnTorch's calling convention, and the way to NIR."""
