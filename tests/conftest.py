@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,6 +33,18 @@ def shared_path(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs ../shared/{relative}, which is not beside this repository")
     return path
+
+
+def pytest_report_header() -> str:
+    """The versions that the results hold for; `make test` runs a part with two of spikingjelly."""
+
+    def version(package: str) -> str:
+        try:
+            return f"{package} {metadata.version(package)}"
+        except metadata.PackageNotFoundError:
+            return f"no {package}"
+
+    return ", ".join(version(package) for package in ("torch", "spikingjelly", "snntorch"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,15 @@ import torch
 
 import spikelm
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/install.md", "docs/faithfulness.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/install.md",
+    "docs/faithfulness.md",
+    "docs/neurons.md",
+    "docs/extending.md",
+)
 MODEL_NAME = '"meta-llama/Llama-3.2-1B"'
 
 

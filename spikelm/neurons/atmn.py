@@ -41,7 +41,7 @@ class ATMN(DynamicsNode):
         step_mode "s": x [N, *] -> [N, *]; "m": x_seq [T, N, *] -> [T, N, *], values in {-1, 0, 1}, the input's dtype.
 
     Attributes:
-        steps_taken: steps since the last reset.
+        started: whether a step was taken since the last reset.
     """
 
     fire: ClassVar[Fire] = "ternary"
@@ -78,7 +78,7 @@ class ATMN(DynamicsNode):
             backend=backend,
         )
         self.tau, self.T, self.inject, self.frame_weight = float(tau), T, inject, float(frame_weight)
-        self.register_memory("steps_taken", 0)
+        self.register_memory("started", False)  # no count: torch.compile would compile anew at every value of it
         self.dynamics  # noqa: B018  refuses bad arguments here rather than at the first call
 
     @property

@@ -22,7 +22,7 @@ class DynamicsNode(BaseNode):
     """A SpikingJelly node whose steps are those of a :class:`~spikelm.ops.dynamics.Dynamics`.
 
     A subclass gives the property :attr:`dynamics`. If its input enters at the first step alone, it also registers the
-    memory ``steps_taken``, 0, which then counts the steps since the last reset.
+    memory ``started``, False: whether a step was taken since the last reset.
 
     Args:
         v_threshold: V, a float > 0.
@@ -64,9 +64,8 @@ class DynamicsNode(BaseNode):
             check_count("num_channels", num_channels)
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
             raise SpikelmError(f"channel_dim must be an integer; got {channel_dim!r}")
-        for name, value in (("learn_threshold", learn_threshold), ("detach_reset", detach_reset)):
-            if not isinstance(value, bool):
-                raise SpikelmError(f"{name} must be True or False; got {value!r}")
+        check_flag("learn_threshold", learn_threshold)
+        check_flag("detach_reset", detach_reset)
         super().__init__(
             v_threshold=v_threshold,
             v_reset=v_reset,
@@ -99,13 +98,16 @@ class DynamicsNode(BaseNode):
             check_threshold(value)
         elif not bool((value > 0).all()):
             raise SpikelmError(f"v_threshold must be > 0; got a smallest value of {float(value.min())}")
+        elif not bool(value.isfinite().all()):
+            raise SpikelmError(f"v_threshold must be finite; got a largest value of {float(value.max())}")
         a = getattr(self, "a", None)  # BaseNode.__init__ assigns before it exists
+        shape = () if a is None else tuple(a.shape)
+        if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != shape:
+            raise SpikelmError(
+                f"{type(self).__name__} has a v_threshold of shape {shape}; got one of shape {tuple(value.shape)}. "
+                "num_channels gives one a channel"
+            )
         if a is None:
-            if isinstance(value, torch.Tensor) and value.numel() != 1:
-                raise SpikelmError(
-                    f"{type(self).__name__} has one threshold; got v_threshold of shape {tuple(value.shape)}. "
-                    "num_channels gives one a channel"
-                )
             self._v_threshold = float(value)
         else:
             with torch.no_grad():
@@ -132,6 +134,11 @@ class DynamicsNode(BaseNode):
     ) -> tuple[Any, ...]:
         """SpikingJelly 2's hook: a fresh or wrongly shaped membrane starts every state anew."""
         x = inputs[0]
+        if isinstance(x, torch.fx.Proxy):
+            raise SpikelmError(
+                f"{type(self).__name__} cannot be traced symbolically, as exporters to NIR do; they know SpikingJelly's "
+                "nodes: spikelm.interop.nir.to_spikingjelly puts those in"
+            )
         if step_mode == "m" and x.dim() < 2:
             raise SpikelmError(f"step_mode 'm' takes x_seq [T, N, *]; got shape {tuple(x.shape)}")
         shape = x.shape[1:] if step_mode == "m" else x.shape
@@ -149,11 +156,11 @@ class DynamicsNode(BaseNode):
     ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
         """One step with explicit states: v [N, *] first, then the other memories."""
         x, memories, dynamics = inputs[0], dict(zip(self._memories, states, strict=True)), self.dynamics
-        skip = dynamics.inject == "first" and memories["steps_taken"] > 0
+        skip = dynamics.inject == "first" and memories["started"]
         v = memories["v"]
         s, memories["v"] = reference.step(None if skip else x.to(v.dtype), v, self._threshold(x, x.dim()), dynamics)
-        if "steps_taken" in memories:
-            memories["steps_taken"] += 1
+        if "started" in memories:
+            memories["started"] = True
         return (s.to(x.dtype),), tuple(memories.values())
 
     def multi_step_functional_forward(
@@ -163,6 +170,10 @@ class DynamicsNode(BaseNode):
         spikes, _, states = self._multi_step(inputs[0], states)
         return (spikes,), states
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, *] in step_mode "s", x_seq [T, N, *] in "m"."""
+        return self.single_step_forward(x) if self.step_mode == "s" else self.multi_step_forward(x)
+
     # SpikingJelly 2 has these two; 0.0.0.0.14 has other ones, built on methods that this class does not define.
 
     def single_step_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,9 +182,10 @@ class DynamicsNode(BaseNode):
         (spikes,), states = self.single_step_functional_forward((x,), states)
         self._memories.update(zip(self._memories, states, strict=True))
         if self.store_v_seq:
-            earlier, v = self.v_seq, self.v.unsqueeze(0)
-            continues = earlier is not None and (earlier.shape[1:], earlier.dtype) == (v.shape[1:], v.dtype)
-            self.v_seq = torch.cat((earlier, v) if earlier is not None and continues else (v,))
+            earlier, v = self.v_seq, self.v
+            if earlier is None or (earlier.shape[1:], earlier.dtype, earlier.device) != (v.shape, v.dtype, v.device):
+                earlier = v.new_empty(0, *v.shape)
+            self.v_seq = torch.cat((earlier, v.unsqueeze(0)))
         return spikes
 
     def multi_step_forward(self, x_seq: torch.Tensor) -> torch.Tensor:
@@ -190,12 +202,12 @@ class DynamicsNode(BaseNode):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
         memories = dict(zip(self._memories, states, strict=True))
         threshold = self._threshold(x_seq, x_seq.dim() - 1)
-        steps_taken = memories.get("steps_taken", 0)
-        spikes, membranes = reference.multi_step(x_seq, memories["v"], threshold, self.dynamics, steps_taken)
+        started = memories.get("started", False)
+        spikes, membranes = reference.multi_step(x_seq, memories["v"], threshold, self.dynamics, started)
         if len(membranes):
             memories["v"] = membranes[-1].clone()  # a view would break reset() and detach()
-        if "steps_taken" in memories:
-            memories["steps_taken"] = steps_taken + len(x_seq)
+        if "started" in memories:
+            memories["started"] = started or len(x_seq) > 0
         return spikes, membranes, tuple(memories.values())
 
     def _threshold(self, x: torch.Tensor, frame_dims: int) -> torch.Tensor:
@@ -261,8 +273,15 @@ def check_count(name: str, value: int) -> None:
         raise SpikelmError(f"{name} must be an integer >= 1; got {value!r}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """True or False; any other object would count as one of them."""
+    if not isinstance(value, bool):
+        raise SpikelmError(f"{name} must be True or False; got {value!r}")
+
+
 def check_beta(beta: float, allow_growth: bool) -> None:
     """A decay per step within (0, 1], or any finite one > 0 where growth is allowed."""
     check_positive("beta", beta)
+    check_flag("allow_growth", allow_growth)
     if beta > 1 and not allow_growth:
         raise SpikelmError(f"beta must be within (0, 1]; got {beta!r}. allow_growth=True accepts a membrane that grows")

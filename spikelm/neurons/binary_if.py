@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from spikelm.errors import SpikelmError
-from spikelm.neurons.base import DynamicsNode, check_beta
+from spikelm.neurons.base import DynamicsNode, check_beta, check_flag
 from spikelm.ops.dynamics import Dynamics
 
 
@@ -61,6 +61,7 @@ class BinaryIF(DynamicsNode):
         allow_growth: bool = False,
     ) -> None:
         check_beta(beta, allow_growth)
+        check_flag("reset_delay", reset_delay)
         if v_reset is not None and not (isinstance(v_reset, float) and math.isfinite(v_reset)):
             raise SpikelmError(f"v_reset must be a finite float (hard reset) or None (soft reset); got {v_reset!r}")
         if reset_delay and v_reset is not None:

@@ -54,16 +54,20 @@ class Dynamics:
     compensation_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, accepted in (("fire", get_args(Fire)), ("reset", get_args(Reset)), ("inject", get_args(Inject))):
-            if getattr(self, name) not in accepted:
-                raise SpikelmError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
-        if not (isinstance(self.decay, (int, float)) and math.isfinite(self.decay) and self.decay > 0):
+        choices = {"fire": Fire, "reset": Reset, "inject": Inject, "compensation": Compensation}
+        for name, choice in choices.items():
+            value, accepted = getattr(self, name), get_args(choice)
+            if value not in accepted and (name, value) != ("compensation", None):
+                raise SpikelmError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+        if not (isinstance(self.decay, (int, float)) and 0 < self.decay < math.inf):
             raise SpikelmError(f"decay must be a finite number > 0; got {self.decay!r}")
         if not (isinstance(self.levels, int) and self.levels >= 1):
             raise SpikelmError(f"levels must be an integer >= 1; got {self.levels!r}")
-        if self.fire != "integer" and self.surrogate_function is None:
-            raise SpikelmError(f"fire={self.fire!r} needs a surrogate_function")
-        if getattr(self.surrogate_function, "max_spike_count", 1) != 1:
+        if self.fire != "integer" and not callable(self.surrogate_function):
+            raise SpikelmError(
+                f"fire={self.fire!r} needs a surrogate_function that can be called; got {self.surrogate_function!r}"
+            )
+        if hasattr(self.surrogate_function, "max_spike_count"):
             raise SpikelmError(
                 f"surrogate_function must stand for a step from 0 to 1; {self.surrogate_function} counts spikes. "
                 "fire='integer' (TILIF) does"

@@ -30,7 +30,7 @@ class _RoundAndClip(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        derivative = (x.abs() <= ctx.levels) * ctx.slope
+        derivative = (x.abs() <= ctx.levels).to(x.dtype) * ctx.slope
         if ctx.smooth:
             derivative = (1 - ctx.smooth) * derivative + ctx.smooth * (1 - (x / ctx.levels).tanh().square())
         return gradients[0] * derivative, None, None, None
@@ -99,20 +99,20 @@ def step(
 
 
 def multi_step(
-    x_seq: torch.Tensor, v: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, steps_taken: int = 0
+    x_seq: torch.Tensor, v: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, started: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All steps of x_seq [T, N, *] from membrane v [N, *]; ``steps_taken`` since the reset decides inject "first".
+    """All steps of x_seq [T, N, *] from membrane v [N, *]; with inject "first" input enters unless ``started``.
 
     Returns (spikes [T, N, *] in x_seq's type, membranes after every step [T, N, *] in the state's type).
     """
     spikes, membranes = [], []
     for t, x in enumerate(x_seq.unbind(0)):
-        skip = dynamics.inject == "first" and steps_taken + t > 0
+        skip = dynamics.inject == "first" and (started or t > 0)
         s, v = step(None if skip else x.to(v.dtype), v, threshold, dynamics)
         spikes.append(s.to(x_seq.dtype))
         membranes.append(v)
     if not spikes:
-        return x_seq.new_empty(x_seq.shape), v.new_empty(x_seq.shape)
+        return x_seq.clone(), v.new_empty(x_seq.shape)  # clone: a loss over no steps still has a graph
     return torch.stack(spikes), torch.stack(membranes)
 
 

@@ -694,3 +694,9 @@ def test_neurons_do_not_import_snntorch(repository: Path) -> None:
         [sys.executable, "-W", "ignore", "-c", code], cwd=repository, capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_anneal_sgc_reaches_the_adapter() -> None:
+    net = nn.Sequential(TILIF(sgc="blend"))
+    assert neurons.anneal_sgc(net, 0.45) == pytest.approx(0.15)
+    assert net[0].sgc_weight == pytest.approx(0.15)

@@ -1,14 +1,10 @@
-"""ATMN against the closed forms of its paper and against SpikingJelly's contract."""
-
-import copy
-import pickle
+"""ATMN against the closed forms of its paper. The contract that it shares with the others: test_contract.py."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from spikingjelly.activation_based import base, functional, surrogate
-from spikingjelly.activation_based.neuron import BaseNode
+from spikingjelly.activation_based import surrogate
 
 from spikelm.errors import SpikelmError
 from spikelm.neurons import ATMN
@@ -93,26 +89,6 @@ def test_ties_fire() -> None:
     assert ATMN(T=3).encode(torch.tensor([1.0, -2.0, 0.0])).T.tolist() == [[1, 0, 0], [-1, -1, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("inject", ["first", "every"])
-@pytest.mark.parametrize("tau", [0.5, 1.0, 1.7])
-def test_single_steps_equal_one_multi_step_call_bit_for_bit(dtype: torch.dtype, inject: str, tau: float) -> None:
-    torch.manual_seed(0)
-    x_seq = (3 * torch.randn(7, 5, 6)).to(dtype)
-    neuron = ATMN(tau=tau, num_channels=6, inject=inject)
-    neuron.v_threshold = torch.linspace(0.3, 2.0, 6)
-    one_by_one = torch.stack([neuron(x) for x in x_seq])
-    v = neuron.v
-    functional.reset_net(neuron)
-    neuron.step_mode = "m"
-    together = neuron(x_seq)
-    assert together.dtype == dtype
-    assert torch.equal(one_by_one, together)
-    assert torch.equal(v, neuron.v)
-    assert v.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert neuron.steps_taken == 7
-
-
 def test_a_bfloat16_membrane_would_spike_differently() -> None:
     """The state is float32: 1 + 2^-9 of residual survives many steps, which bfloat16 would round away."""
     neuron = ATMN(inject="every", step_mode="m")
@@ -121,21 +97,25 @@ def test_a_bfloat16_membrane_would_spike_differently() -> None:
     assert neuron.v.tolist() == [2**-8]
 
 
-@pytest.mark.parametrize("inject", ["first", "every"])
-def test_split_sequences_equal_the_whole(inject: str) -> None:
-    x_seq = 3 * torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(1))
-    neuron = ATMN(tau=1.5, inject=inject, step_mode="m")
-    whole, v = neuron(x_seq), neuron.v
-    neuron.reset()
-    parts = torch.cat([neuron(part) for part in x_seq.split([1, 0, 5, 3])])
-    assert torch.equal(parts, whole)
-    assert torch.equal(neuron.v, v)
-
-
 def test_multi_step_uses_the_first_input_alone() -> None:
     x_seq = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
     neuron = ATMN(step_mode="m", T=4)
+    assert not neuron.started
     assert torch.equal(neuron(x_seq), neuron.encode(x_seq[0]))
+    assert neuron.started
+    neuron.reset()
+    assert torch.equal(torch.cat([neuron(part) for part in x_seq.split([0, 1, 3])]), neuron.encode(x_seq[0]))
+
+
+def test_input_enters_again_after_a_reset_and_with_a_new_shape() -> None:
+    neuron, x = ATMN(), torch.full((2, 3), 5.0)
+    membranes = []
+    for used in (x, x, x.repeat(2, 1)):
+        neuron(used)
+        membranes.append(neuron.v.unique().item())
+    neuron.reset()
+    neuron(x)
+    assert [*membranes, neuron.v.unique().item()] == [4.0, 3.0, 4.0, 4.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -171,7 +151,6 @@ def test_encode_leaves_the_membrane_alone() -> None:
     neuron.encode(x)
     neuron.encode_sum(x)
     assert torch.equal(neuron.v, before)
-    assert neuron.steps_taken == 1
 
 
 def test_nan_never_fires_and_stays() -> None:
@@ -192,14 +171,8 @@ def test_infinite_input_fires_at_the_top_level(tau: float) -> None:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_empty_batch_and_no_steps(requires_grad: bool) -> None:
-    neuron = ATMN(num_channels=3, step_mode="m", store_v_seq=True)
-    assert neuron(torch.randn(4, 0, 3, requires_grad=requires_grad)).shape == (4, 0, 3)
-    assert neuron.v.shape == (0, 3)
-    neuron.reset()
-    assert neuron(torch.randn(0, 2, 3, requires_grad=requires_grad)).shape == (0, 2, 3)
-    assert torch.equal(neuron.v, torch.zeros(2, 3))
-    assert neuron.v_seq.shape == (0, 2, 3)
+def test_encoding_an_empty_batch(requires_grad: bool) -> None:
+    neuron = ATMN(num_channels=3)
     x = torch.randn(0, 3, requires_grad=requires_grad)
     assert neuron.encode(x).shape == (4, 0, 3)
     total = neuron.encode_sum(x)
@@ -207,97 +180,6 @@ def test_empty_batch_and_no_steps(requires_grad: bool) -> None:
     if requires_grad:
         total.sum().backward()
         assert torch.equal(neuron.a.grad, torch.zeros(3))
-
-
-def test_it_is_a_base_node_in_a_network() -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(4, 5), ATMN(num_channels=5), torch.nn.Linear(5, 3), ATMN())
-    assert all(isinstance(network[i], BaseNode) for i in (1, 3))
-    functional.set_step_mode(network, "m")
-    assert [network[i].step_mode for i in (1, 3)] == ["m", "m"]
-    x = torch.randn(2, 4)
-    states = [network[1](torch.randn(3, 2, 5)).shape, network[1].v.shape, network[1].steps_taken]
-    assert states == [(3, 2, 5), (2, 5), 3]
-    functional.reset_net(network)
-    assert network[1].v == 0.0
-    assert network[1].steps_taken == 0
-    functional.set_step_mode(network, "s")
-    assert network(x).shape == (2, 3)
-
-
-@pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_detach_net_cuts_the_graph(step_mode: str) -> None:
-    neuron = ATMN(step_mode=step_mode, inject="every")
-    x = torch.randn(2, 3, requires_grad=True)
-    neuron(x if step_mode == "s" else x.expand(3, 2, 3))
-    assert neuron.v.grad_fn is not None
-    v = neuron.v.detach().clone()
-    functional.detach_net(neuron)
-    assert neuron.v.grad_fn is None
-    assert torch.equal(neuron.v, v)
-    neuron.reset()
-    assert neuron.v == 0.0
-
-
-def test_a_new_shape_starts_anew() -> None:
-    neuron = ATMN()
-    neuron(torch.full((2, 3), 5.0))
-    assert neuron(torch.full((4, 3), 5.0)).unique().tolist() == [1.0]  # input enters again
-    assert neuron.v.shape == (4, 3)
-    assert neuron.steps_taken == 1
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["copy", "pickle"])
-def test_copies_are_equal_and_independent(duplicate: object) -> None:
-    neuron = ATMN(tau=0.5, num_channels=3, T=3, frame_weight=0.5, detach_reset=True)
-    x = torch.randn(2, 3)
-    with torch.no_grad():  # torch copies no tensor that has a graph
-        neuron(x)
-    other = duplicate(neuron)
-    assert torch.equal(other(x), neuron(x))
-    assert torch.equal(other.v, neuron.v)
-    assert other.extra_repr() == neuron.extra_repr()
-    other.v_threshold = 3.0
-    assert not torch.equal(other.v_threshold, neuron.v_threshold)
-
-
-@pytest.mark.parametrize("learn_threshold", [True, False])
-def test_state_dict_is_the_threshold_alone(learn_threshold: bool) -> None:
-    neuron = ATMN(num_channels=3, v_threshold=2.0, learn_threshold=learn_threshold)
-    neuron(torch.randn(2, 3))
-    assert list(neuron.state_dict()) == ["a"]
-    assert [name for name, _ in neuron.named_parameters()] == (["a"] if learn_threshold else [])
-    torch.testing.assert_close(neuron.v_threshold, torch.full((3,), 2.0))
-    other = ATMN(num_channels=3, learn_threshold=learn_threshold)
-    other.load_state_dict(neuron.state_dict())
-    assert torch.equal(other.a, neuron.a)
-
-
-def test_store_v_seq_keeps_every_membrane() -> None:
-    x_seq = 3 * torch.randn(4, 2, 3)
-    neuron = ATMN(tau=1.3, step_mode="m", store_v_seq=True)
-    neuron(x_seq)
-    stored = neuron.v_seq
-    single = ATMN(tau=1.3)
-    expected = []
-    for x in x_seq:
-        single(x)
-        expected.append(single.v)
-    assert torch.equal(stored, torch.stack(expected))
-    assert torch.equal(stored[-1], neuron.v)
-    neuron.reset()
-    assert neuron.v_seq is None
-
-
-@pytest.mark.parametrize("step_mode", ["s", "m"])
-def test_functional_forward_with_explicit_states(step_mode: str) -> None:
-    neuron = ATMN(tau=1.2, step_mode=step_mode)
-    x = 3 * torch.randn(2, 3) if step_mode == "s" else 3 * torch.randn(4, 2, 3)
-    forward = base.to_functional_forward(neuron)
-    (spikes,), (v, steps_taken) = forward((x,), (torch.zeros(2, 3), 0))
-    assert neuron.v == 0.0  # the module's own state is untouched
-    assert torch.equal(spikes, neuron(x))
-    assert torch.equal(v, neuron.v)
-    assert steps_taken == neuron.steps_taken
 
 
 def test_other_surrogates_drive_the_gradient() -> None:
@@ -353,20 +235,13 @@ def test_bad_inputs_are_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
-@pytest.mark.parametrize("call", ["multi_step", "encode_sum"])
-def test_compiles_without_graph_breaks(call: str) -> None:
-    neuron = ATMN(tau=0.5, frame_weight=0.5, num_channels=3, step_mode="m")
+def test_encode_sum_compiles_without_graph_breaks() -> None:
+    neuron = ATMN(tau=0.5, frame_weight=0.5, num_channels=3)
     x = (3 * torch.randn(4, 2, 3)).requires_grad_()
-    function = neuron if call == "multi_step" else neuron.encode_sum
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    result, expected = compiled(x), None
-    neuron.reset()
-    expected = function(x)
-    assert torch.equal(result, expected)
-    for output in (result, expected):
-        neuron.a.grad = None
-        gradients = torch.autograd.grad(output.sum(), [x, neuron.a])
-        if output is result:
-            of_compiled = gradients
-    for one, other in zip(of_compiled, gradients, strict=True):
+    results = []
+    for function in (torch.compile(neuron.encode_sum, backend="aot_eager", fullgraph=True), neuron.encode_sum):
+        total = function(x)
+        results.append((total, *torch.autograd.grad(total.sum(), [x, neuron.a])))
+    assert torch.equal(results[0][0], results[1][0])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
