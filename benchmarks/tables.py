@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and docs/mar.md from benchmarks/results.
+"""Writes the measured tables of README.md and docs/ from benchmarks/results.
 
     python benchmarks/tables.py
 
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "mar.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "mar.md", ROOT / "docs" / "digits.md")
 
 
 def read(name: str) -> Any:
@@ -59,11 +59,13 @@ def stage1() -> str:
     return "\n".join(lines)
 
 
-def machine(result: dict[str, Any]) -> str:
+def machine(
+    result: dict[str, Any], packages: tuple[str, ...] = ("python", "torch", "transformers", "spikingjelly")
+) -> str:
     """The machine and the versions a result was measured with."""
     versions = dict(result["versions"])
     hardware = versions.pop("machine", {})
-    names = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "spikingjelly"))
+    names = ", ".join(f"{name} {versions[name]}" for name in packages)
     return f"{hardware.get('cpu', 'CPU')}, {hardware.get('cores', '?')} cores; {names}"
 
 
@@ -89,7 +91,37 @@ def ablation_of(name: str) -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"mar": mar, "ablation": ablation, "codes": codes, "stage1": stage1}
+def digits() -> str:
+    """Every neuron in two networks of other people's making, against the network's own."""
+    result = read("digits.json")
+    columns = ("network", "neuron", "test accuracy, %", "points", "mean of \\|s\\|", "share of s != 0")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for network in ("spikingjelly_conv", "snntorch_mlp"):
+        baseline = result[network]["baseline"]
+        for neuron, row in result[network]["neurons"].items():
+            arguments = ", ".join(f"{name}={value!r}" for name, value in row["arguments"].items())
+            accuracy = f"{100 * row['mean']:.2f} +- {100 * row['standard_deviation']:.2f}"
+            points = "" if neuron == baseline else f"{row['points_from_baseline']:+.2f}"
+            layers = row["firing"].values()
+            firing = [", ".join(f"{layer[key]:.3f}" for layer in layers) for key in ("rate", "nonzero")]
+            cells = (network, f"`{neuron}({arguments})`", accuracy, points, *firing)
+            lines.append("| " + " | ".join(cells) + " |")
+    count, config = len(result["seeds"]), result["spikingjelly_conv"]["config"]
+    packages = ("python", "torch", "spikingjelly", "snntorch", "scikit-learn")
+    lines += [
+        "",
+        f"Mean and standard deviation of {count} seeds, {config['steps']} steps. {machine(result, packages)}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "mar": mar,
+    "ablation": ablation,
+    "codes": codes,
+    "stage1": stage1,
+    "digits": digits,
+}
 
 
 def render(text: str) -> str:

@@ -136,8 +136,8 @@ class DynamicsNode(BaseNode):
         x = inputs[0]
         if isinstance(x, torch.fx.Proxy):
             raise SpikelmError(
-                f"{type(self).__name__} cannot be traced symbolically, as exporters to NIR do; they know SpikingJelly's "
-                "nodes: spikelm.interop.nir.to_spikingjelly puts those in"
+                f"{type(self).__name__} cannot be traced symbolically, as an export to NIR does; "
+                "spikelm.interop.nir.to_spikingjelly puts in SpikingJelly's nodes, which can"
             )
         if step_mode == "m" and x.dim() < 2:
             raise SpikelmError(f"step_mode 'm' takes x_seq [T, N, *]; got shape {tuple(x.shape)}")

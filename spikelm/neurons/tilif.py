@@ -161,6 +161,6 @@ def anneal_sgc(net: nn.Module, progress: float, *, start: float = 0.3, end: floa
         raise SpikelmError(f"progress must be within [0, 1] and end within (0, 1]; got {progress!r} and {end!r}")
     weight = start * max(0.0, 1 - progress / end)
     for module in net.modules():
-        if hasattr(module, "sgc_weight"):  # also snnTorch's TILIF of spikelm.interop
-            module.sgc_weight = weight
+        if hasattr(module, "sgc_weight"):  # also the TILIF of spikelm.interop.snntorch
+            setattr(module, "sgc_weight", weight)  # noqa: B010  mypy takes a module's attributes for tensors
     return weight

@@ -13,8 +13,10 @@ def load_tables(repository: Path):
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/mar.md"])
-def test_the_tables_are_those_of_the_results(repository: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "table"), [("README.md", "mar"), ("docs/mar.md", "mar"), ("docs/digits.md", "digits")]
+)
+def test_the_tables_are_those_of_the_results(repository: Path, name: str, table: str) -> None:
     text = (repository / name).read_text(encoding="utf-8")
-    assert "<!-- table: mar -->" in text
+    assert f"<!-- table: {table} -->" in text
     assert load_tables(repository).render(text) == text
