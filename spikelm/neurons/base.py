@@ -66,6 +66,8 @@ class DynamicsNode(BaseNode):
             raise SpikelmError(f"channel_dim must be an integer; got {channel_dim!r}")
         check_flag("learn_threshold", learn_threshold)
         check_flag("detach_reset", detach_reset)
+        if isinstance(surrogate_function, getattr(surrogate, "PoissonPass", ())):
+            raise SpikelmError(f"surrogate_function must stand for a step; {surrogate_function} draws at random")
         super().__init__(
             v_threshold=v_threshold,
             v_reset=v_reset,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class TILIF(DynamicsNode):
     derivative of the firing is ``alpha`` where |h| <= D V, else 0.
 
     Args:
-        D: the largest spike, >= 1; 1 is a ternary neuron.
+        D: the largest spike, >= 1; 1 is a ternary neuron. bfloat16 holds every integer up to 256 alone.
         beta: factor on the membrane between steps, within (0, 1].
         v_threshold: V, a float > 0.
         num_channels, channel_dim: one threshold for every index of that axis of an input [N, *].
@@ -156,11 +156,16 @@ def anneal_sgc(net: nn.Module, progress: float, *, start: float = 0.3, end: floa
 
     Returns:
         The weight.
+
+    Raises:
+        SpikelmError: a share outside of its range, or ``net`` holds no TILIF.
     """
     if not 0 <= progress <= 1 or not 0 < end <= 1:
         raise SpikelmError(f"progress must be within [0, 1] and end within (0, 1]; got {progress!r} and {end!r}")
+    neurons: list[Any] = [module for module in net.modules() if hasattr(module, "sgc_weight")]
+    if not neurons:
+        raise SpikelmError("anneal_sgc: the network holds no TILIF")
     weight = start * max(0.0, 1 - progress / end)
-    for module in net.modules():
-        if hasattr(module, "sgc_weight"):  # also the TILIF of spikelm.interop.snntorch
-            setattr(module, "sgc_weight", weight)  # noqa: B010  mypy takes a module's attributes for tensors
+    for neuron in neurons:  # also the TILIF of spikelm.interop.snntorch
+        neuron.sgc_weight = weight
     return weight

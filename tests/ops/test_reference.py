@@ -48,11 +48,11 @@ def test_against_a_scalar_loop(fire: str, reset: str, inject: str) -> None:
 
 
 @pytest.mark.parametrize("fire", ["binary", "ternary"])
-@pytest.mark.parametrize("reset", ["soft", "soft_delayed"])
+@pytest.mark.parametrize("reset", ["soft", "soft_delayed", "hard"])
 def test_gradients_of_a_smooth_primitive(fire: str, reset: str) -> None:
     """With the surrogate's primitive in place of the step, autograd must agree with numerical differentiation."""
     smooth = surrogate.ATan(alpha=2.0, spiking=False)
-    dynamics = Dynamics(fire, smooth, 0.6, reset, "every")
+    dynamics = Dynamics(fire, smooth, 0.6, reset, "every", v_reset=0.3 if reset == "hard" else 0.0)
     inputs = x_seq(3, 4).requires_grad_()
     v = x_seq(4, seed=1).requires_grad_()
     threshold = torch.tensor([0.5, 0.9, 1.3, 2.0], dtype=torch.float64, requires_grad=True)
@@ -104,6 +104,88 @@ def test_integer_rounds_half_away_and_clips() -> None:
     assert x.grad.tolist() == [0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0]
 
 
+@pytest.mark.parametrize("fire", ["binary", "ternary", "integer"])
+@pytest.mark.parametrize("detach_reset", [False, True])
+def test_the_gradient_of_a_hard_reset_is_that_of_the_product(fire: str, detach_reset: bool) -> None:
+    """v = (1 - m) h + m v_reset with m the sum of the thresholds' events; a count's m has no derivative."""
+    h = torch.cat([x_seq(50), torch.tensor([math.inf], dtype=torch.float64)]).requires_grad_()
+    dynamics = Dynamics(fire, ATAN, reset="hard", v_reset=0.25, levels=3, detach_reset=detach_reset)
+    s, v = reference.step(h, torch.zeros_like(h), torch.tensor(1.0).double(), dynamics)
+    assert 10 < int((s != 0).sum()) < 45
+    (gradient,) = torch.autograd.grad(v.sum(), h)
+    at = h.detach()
+    slope = 1 / (1 + (math.pi * (at - 1)) ** 2)
+    if fire == "ternary":  # the event at -V grows as h falls
+        slope = slope - 1 / (1 + (math.pi * (at + 1)) ** 2)
+    if fire == "integer" or detach_reset:
+        slope = torch.zeros_like(at)
+    torch.testing.assert_close(gradient[:50], ((s == 0) + slope * (0.25 - at))[:50])
+    assert gradient[50] == 0
+    assert v[50] == 0.25
+
+
+def test_what_does_not_fire_is_not_cleared() -> None:
+    """Minus infinity stays in a binary neuron's membrane, whatever the reset."""
+    x = torch.tensor([-math.inf])
+    for reset in ("soft", "soft_delayed", "hard"):
+        s, v = reference.step(x, torch.zeros(1), torch.tensor(1.0), Dynamics("binary", ATAN, reset=reset))
+        assert s.tolist() == [0]
+        assert v.tolist() == [-math.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_windows_height_is_exact_in_the_type_of_the_membrane(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.5, -2.0, 9.0], dtype=dtype, requires_grad=True)
+    reference.fire(x, Dynamics("integer", levels=4, surrogate_slope=0.1)).sum().backward()
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad, torch.tensor([0.1, 0.1, 0.0], dtype=dtype))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("compensation", [None, "gradient", "blend"])
+def test_compensation(compensation: str | None, weight: float) -> None:
+    """g(x) = levels tanh(x / levels), in the derivative alone or in the spike itself."""
+    x = torch.cat([x_seq(40), torch.tensor([-3.0, 3.0, 7.0, 0.0], dtype=torch.float64)]).requires_grad_()
+    plain = Dynamics("integer", levels=3, surrogate_slope=0.5)
+    mixed = Dynamics("integer", levels=3, surrogate_slope=0.5, compensation=compensation, compensation_weight=weight)
+    spikes, mixture = reference.fire(x, plain).detach(), reference.fire(x, mixed)
+    share = weight if compensation is not None else 0.0
+    (gradient,) = torch.autograd.grad(mixture.sum(), x)
+    at = x.detach()
+    window, smooth = 0.5 * (at.abs() <= 3).double(), 1 - (at / 3).tanh().square()
+    torch.testing.assert_close(gradient, (1 - share) * window + share * smooth, rtol=1e-12, atol=1e-12)
+    if compensation == "blend":
+        torch.testing.assert_close(mixture, (1 - share) * spikes + share * 3 * (at / 3).tanh())
+    else:
+        assert torch.equal(mixture, spikes)
+
+
+@pytest.mark.parametrize("compensation", [None, "gradient", "blend"])
+def test_compensation_of_special_values(compensation: str | None) -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+    dynamics = Dynamics("integer", levels=3, compensation=compensation, compensation_weight=0.5)
+    spikes = reference.fire(x, dynamics)
+    assert spikes.tolist() == [0, 3, -3, 0]
+    assert not bool(spikes[3].signbit())
+
+
+@pytest.mark.parametrize("reset", ["soft", "soft_delayed", "hard"])
+def test_a_decay_for_each_channel(reset: str) -> None:
+    """A tensor takes the place of the dynamics' number, and has a gradient."""
+    inputs, v, threshold = x_seq(5, 3), x_seq(5, 3, seed=1), torch.tensor(0.8, dtype=torch.float64)
+    decays = torch.tensor([0.3, 0.9, 1.0], dtype=torch.float64)
+    together = reference.step(inputs, v, threshold, Dynamics("binary", ATAN, 0.5, reset), decays)
+    for c, decay in enumerate(decays.tolist()):
+        alone = reference.step(inputs[:, c], v[:, c], threshold, Dynamics("binary", ATAN, decay, reset))
+        assert torch.equal(together[0][:, c], alone[0])
+        assert torch.equal(together[1][:, c], alone[1])
+    smooth = Dynamics("binary", surrogate.ATan(alpha=2.0, spiking=False), 0.5, reset)
+    assert torch.autograd.gradcheck(
+        lambda v, decay: reference.step(inputs, v, threshold, smooth, decay),
+        (v.requires_grad_(), decays.requires_grad_()),
+    )
+
+
 def test_hard_reset_clears_an_infinite_membrane() -> None:
     x = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.5])
     s, v = reference.step(x, torch.zeros(4), torch.tensor(1.0), Dynamics("ternary", ATAN, reset="hard", v_reset=0.25))
@@ -133,7 +215,9 @@ def test_no_steps() -> None:
         ({"fire": "quaternary"}, "fire must be one of binary, ternary, integer; got 'quaternary'"),
         ({"fire": "binary", "surrogate_function": ATAN, "reset": "none"}, "reset must be one of soft, .*got 'none'"),
         ({"fire": "binary", "surrogate_function": ATAN, "inject": "last"}, "inject must be one of .*got 'last'"),
-        ({"fire": "binary"}, "fire='binary' needs a surrogate_function"),
+        ({"fire": "binary"}, "fire='binary' needs a surrogate_function that can be called; got None"),
+        ({"fire": "ternary", "surrogate_function": 3}, "fire='ternary' needs a surrogate_function .*; got 3"),
+        ({"fire": "integer", "compensation": "both"}, "compensation must be one of gradient, blend; got 'both'"),
         ({"fire": "integer", "decay": 0.0}, "decay must be a finite number > 0; got 0.0"),
         ({"fire": "integer", "decay": float("inf")}, "decay must be a finite number > 0; got inf"),
         ({"fire": "integer", "levels": 0}, "levels must be an integer >= 1; got 0"),
