@@ -23,7 +23,7 @@ test: lint
 
 # What touches SpikingJelly, once more with its old release; the report's header names the versions.
 test-legacy: $(LEGACY)/.ready
-	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python -m pytest tests/neurons tests/ops tests/interop
+	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python -m pytest tests/neurons tests/ops tests/interop tests/examples/test_digits.py
 
 demo: $(READY)
 	$(BIN)/python examples/mar/train.py --preset demo output_dir=runs/demo

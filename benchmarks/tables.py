@@ -96,21 +96,21 @@ def digits() -> str:
     result = read("digits.json")
     columns = ("network", "neuron", "test accuracy, %", "points", "mean of \\|s\\|", "share of s != 0")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for network in ("spikingjelly_conv", "snntorch_mlp"):
-        baseline = result[network]["baseline"]
-        for neuron, row in result[network]["neurons"].items():
+    for name, network in result["networks"].items():
+        for neuron, row in network["neurons"].items():
             arguments = ", ".join(f"{name}={value!r}" for name, value in row["arguments"].items())
             accuracy = f"{100 * row['mean']:.2f} +- {100 * row['standard_deviation']:.2f}"
-            points = "" if neuron == baseline else f"{row['points_from_baseline']:+.2f}"
+            points = "" if neuron == network["baseline"] else f"{row['points_from_baseline']:+.2f}"
             layers = row["firing"].values()
             firing = [", ".join(f"{layer[key]:.3f}" for layer in layers) for key in ("rate", "nonzero")]
-            cells = (network, f"`{neuron}({arguments})`", accuracy, points, *firing)
+            cells = (name, f"`{neuron}({arguments})`", accuracy, points, *firing)
             lines.append("| " + " | ".join(cells) + " |")
-    count, config = len(result["seeds"]), result["spikingjelly_conv"]["config"]
+    lines.append(f"| linear classifier | | {100 * result['linear_classifier']:.2f} | | | |")
     packages = ("python", "torch", "spikingjelly", "snntorch", "scikit-learn")
     lines += [
         "",
-        f"Mean and standard deviation of {count} seeds, {config['steps']} steps. {machine(result, packages)}.",
+        f"Mean and standard deviation of {len(result['seeds'])} seeds, {network['config']['steps']} steps. "
+        f"{machine(network, packages)}.",
     ]
     return "\n".join(lines)
 

@@ -142,6 +142,8 @@ def response_curve(
 
     The neuron's memories are neither read nor changed. Whether it is in training mode counts, as for TILIF's `sgc`.
     """
+    if not hasattr(neuron, "materialize_states"):
+        raise SpikelmError(f"response takes a neuron of spikelm.neurons; got {type(neuron).__module__}")
     if steps is None and not hasattr(neuron, "encode_sum"):
         raise SpikelmError(f"{type(neuron).__name__} has no encode_sum: give steps, the number of steps that get x")
     if steps is not None and steps < 1:

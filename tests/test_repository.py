@@ -17,6 +17,7 @@ DOCUMENTS = (
     "docs/faithfulness.md",
     "docs/neurons.md",
     "docs/extending.md",
+    "docs/digits.md",
 )
 MODEL_NAME = '"meta-llama/Llama-3.2-1B"'
 

@@ -1,4 +1,4 @@
-"""Every neuron in both networks, over several seeds, against the network's own neuron.
+"""Every neuron in both networks, over several seeds, against the network's own neuron and a linear classifier.
 
     python examples/digits/compare.py output_dir=runs/digits
 
@@ -12,18 +12,22 @@ import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import snntorch_mlp
 import spikingjelly_conv
-from digits import PRESETS
+from digits import PRESETS, images
+from sklearn.linear_model import LogisticRegression
 
 from spikelm.errors import SpikelmError
 from spikelm.presets import config_from_command_line, to_dict
 from spikelm.run import RunDirectory, command_line
 
-NETWORKS = {"spikingjelly_conv": spikingjelly_conv, "snntorch_mlp": snntorch_mlp}
+NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "spikingjelly_conv": (spikingjelly_conv, {}),
+    "snntorch_mlp": (snntorch_mlp, {}),
+    "snntorch_mlp, 2 hidden layers": (snntorch_mlp, {"hidden_layers": 2}),
+}
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,21 @@ class Comparison:
     seeds: list[int] = field(default_factory=lambda: list(range(10)))
 
 
-def compare(network: ModuleType, comparison: Comparison, directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures of every neuron in one network, and the configuration that they share."""
+def compare(name: str, comparison: Comparison) -> dict[str, Any]:
+    """The figures of every neuron in one network, and the configuration that its runs share."""
+    script, fields = NETWORKS[name]
     rows: dict[str, Any] = {}
-    for neuron in network.NEURONS:
-        runs = [
-            network.run(network.Config(str(directory / f"{neuron}_{seed}"), comparison.steps, seed=seed, neuron=neuron))
-            for seed in comparison.seeds
-        ]
+    for neuron in script.NEURONS:
+        runs = []
+        for seed in comparison.seeds:
+            place = Path(comparison.output_dir) / name / f"{neuron}_{seed}"
+            runs.append(script.run(script.Config(str(place), comparison.steps, seed=seed, neuron=neuron, **fields)))
         rows[neuron] = summary(runs)
-        difference = rows[neuron]["mean"] - rows[network.BASELINE]["mean"]  # the baseline comes first
+        difference = rows[neuron]["mean"] - rows[script.BASELINE]["mean"]  # the baseline comes first
         rows[neuron]["points_from_baseline"] = round(100 * difference, 2)
     own = ("output_dir", "neuron", "seed")
     shared = {name: value for name, value in runs[-1]["config"].items() if name not in own}
-    return rows, {"config": shared, "versions": runs[-1]["versions"]}
+    return {"baseline": script.BASELINE, "config": shared, "versions": runs[-1]["versions"], "neurons": rows}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -68,6 +73,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def linear_accuracy() -> float:
+    """What a classifier without a hidden layer reaches on the test images."""
+    train_x, train_labels, test_x, test_labels = images()
+    classifier = LogisticRegression(max_iter=1000).fit(train_x, train_labels)
+    return round(float(classifier.score(test_x, test_labels)), 6)
+
+
 def main() -> None:
     """All runs that are not there yet, then the summary."""
     comparison = config_from_command_line(Comparison, PRESETS, description=str(__doc__), default_preset="full")
@@ -75,16 +87,20 @@ def main() -> None:
         raise SpikelmError(f"seeds must be two or more different ones; got {comparison.seeds}")
     with RunDirectory(comparison.output_dir, to_dict(comparison)) as run:
         command = " ".join(["python examples/digits/compare.py", *sys.argv[1:]])
-        result: dict[str, Any] = {"command": command, "seeds": comparison.seeds}
-        for name, network in NETWORKS.items():
-            rows, settings = compare(network, comparison, run.path(name))
-            result[name] = {"baseline": network.BASELINE, "config": settings["config"], "neurons": rows}
-            result["versions"] = settings["versions"]
-            print(f"{name}, test accuracy over {len(comparison.seeds)} seeds")
-            for neuron, row in rows.items():
-                accuracy = f"{row['mean']:.2%} +- {100 * row['standard_deviation']:.2f}"
-                print(f"  {neuron:<10}{accuracy:>16}{row['points_from_baseline']:>+8.2f} points")
+        result = {"command": command, "seeds": comparison.seeds, "linear_classifier": linear_accuracy()}
+        result["networks"] = {name: compare(name, comparison) for name in NETWORKS}
         run.write_json("digits.json", result)
+    print_result(result)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The means, on stdout."""
+    for name, network in result["networks"].items():
+        print(f"{name}, test accuracy over {len(result['seeds'])} seeds")
+        for neuron, row in network["neurons"].items():
+            accuracy = f"{row['mean']:.2%} +- {100 * row['standard_deviation']:.2f}"
+            print(f"  {neuron:<10}{accuracy:>16}{row['points_from_baseline']:>+8.2f} points")
+    print(f"linear classifier {result['linear_classifier']:.2%}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from snntorch import Leaky
 from torch import nn
 
 from spikelm.interop.snntorch import ATMN, TILIF, BinaryIF
+from spikelm.neurons.base import check_count
 from spikelm.presets import config_from_command_line
 from spikelm.run import command_line
 
@@ -37,33 +39,37 @@ class Config(Settings):
 
     neuron: Literal["Leaky", "ATMN", "TILIF", "BinaryIF"] = "BinaryIF"
     T: int = 5
+    hidden_layers: int = 1
 
 
 class Perceptron(nn.Module):
-    """One hidden layer, shown the same image T times; the class is the output neuron with the highest spike count."""
+    """Linear layers and neurons in turn, shown the same image T times; the class is the one with the most spikes."""
 
-    def __init__(self, neuron: Callable[[], nn.Module], T: int) -> None:
+    def __init__(self, neuron: Callable[[], nn.Module], T: int, hidden_layers: int) -> None:
         super().__init__()
         self.T = T
-        self.fc1 = nn.Linear(64, 256)
-        self.lif1 = neuron()
-        self.fc2 = nn.Linear(256, 10)
-        self.lif2 = neuron()
+        sizes = [64, *[256] * hidden_layers, 10]
+        self.linears = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
+        self.neurons = nn.ModuleList(neuron() for _ in self.linears)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 64] to spike counts [N, 10]."""
-        mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()
-        spk2_rec = []
+        mem = [neuron.reset_mem() for neuron in self.neurons]
+        spk_rec = []
         for _ in range(self.T):
-            spk1, mem1 = self.lif1(self.fc1(images), mem1)
-            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
-            spk2_rec.append(spk2)
-        return torch.stack(spk2_rec).sum(0)
+            spk = images
+            for i, (linear, neuron) in enumerate(zip(self.linears, self.neurons, strict=True)):
+                spk, mem[i] = neuron(linear(spk), mem[i])
+            spk_rec.append(spk)
+        return torch.stack(spk_rec).sum(0)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and what metrics.json holds."""
-    return train_and_record(config, lambda neuron: Perceptron(neuron, config.T), NEURONS[config.neuron])
+    check_count("hidden_layers", config.hidden_layers)
+    return train_and_record(
+        config, lambda neuron: Perceptron(neuron, config.T, config.hidden_layers), NEURONS[config.neuron]
+    )
 
 
 def main() -> None:

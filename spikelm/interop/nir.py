@@ -34,7 +34,8 @@ def to_spikingjelly(net: nn.Module) -> nn.Module:
         if isinstance(dynamics, Dynamics):  # also the snnTorch adapters, and neurons that others built in this way
             reason = _why_not(module, dynamics)
             if reason is not None:
-                raise SpikelmError(f"{path or 'the network'}: NIR cannot say {type(module).__name__} with {reason}")
+                name = f"{type(module).__module__}.{type(module).__name__}"
+                raise SpikelmError(f"{path or 'the network'}: NIR cannot say {name} with {reason}")
             assert isinstance(module, BinaryIF)
             nodes[id(module)] = _node(module)
     return copy.deepcopy(net, nodes)  # deepcopy puts these in the place of the neurons, wherever they are

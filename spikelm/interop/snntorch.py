@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from spikelm.errors import SpikelmError
-from spikelm.neurons.base import check_count, check_positive
+from spikelm.neurons.base import check_count
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Compensation, Dynamics, Fire, Reset
 
@@ -257,23 +257,10 @@ class TILIF(DynamicsLeaky):
         if options.get("spike_grad") is not None:
             raise SpikelmError(f"TILIF has a window as its surrogate, alpha high; got {options['spike_grad']!r}")
         check_count("D", D)
-        check_positive("alpha", alpha)
-        if sgc is not None and sgc not in get_args(Compensation):
-            raise SpikelmError(f"sgc must be None or one of {', '.join(get_args(Compensation))}; got {sgc!r}")
         super().__init__(beta, threshold, reset_delay=reset_delay, **options)
         self.spike_grad = None  # the window is in the dynamics
-        self.D, self.alpha, self.sgc, self.sgc_weight = D, float(alpha), sgc, sgc_weight
-
-    @property
-    def sgc_weight(self) -> float:
-        """Weight of the compensation, within [0, 1]."""
-        return self._sgc_weight
-
-    @sgc_weight.setter
-    def sgc_weight(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise SpikelmError(f"sgc_weight must be a number within [0, 1]; got {value!r}")
-        self._sgc_weight = float(value)
+        self.D, self.alpha, self.sgc, self.sgc_weight = D, alpha, sgc, sgc_weight
+        self.dynamics  # noqa: B018  refuses bad arguments here rather than at the first call
 
     @property
     def dynamics(self) -> Dynamics:
@@ -283,9 +270,9 @@ class TILIF(DynamicsLeaky):
             reset=self._reset,
             detach_reset=self.detach_reset,
             levels=self.D,
-            surrogate_slope=self.alpha,
-            compensation=self.sgc if self.training else None,
-            compensation_weight=self.sgc_weight,
+            alpha=self.alpha,
+            sgc=self.sgc if self.training else None,
+            sgc_weight=self.sgc_weight,
         )
 
     def extra_repr(self) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 
 from spikelm.neurons.base import DynamicsNode, check_count, check_positive
 from spikelm.ops import multistep, reference
-from spikelm.ops.dynamics import Dynamics, Fire, Inject
+from spikelm.ops.dynamics import Dynamics, Inject
 
 
 class ATMN(DynamicsNode):
@@ -43,8 +42,6 @@ class ATMN(DynamicsNode):
     Attributes:
         started: whether a step was taken since the last reset.
     """
-
-    fire: ClassVar[Fire] = "ternary"
 
     def __init__(
         self,
@@ -85,7 +82,7 @@ class ATMN(DynamicsNode):
     def dynamics(self) -> Dynamics:
         """The equations of one step."""
         return Dynamics(
-            fire=self.fire,
+            fire="ternary",
             surrogate_function=self.surrogate_function,
             decay=1.0 / self.tau,
             inject=self.inject,

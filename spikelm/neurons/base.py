@@ -66,12 +66,10 @@ class DynamicsNode(BaseNode):
             raise SpikelmError(f"channel_dim must be an integer; got {channel_dim!r}")
         check_flag("learn_threshold", learn_threshold)
         check_flag("detach_reset", detach_reset)
-        if isinstance(surrogate_function, getattr(surrogate, "PoissonPass", ())):
-            raise SpikelmError(f"surrogate_function must stand for a step; {surrogate_function} draws at random")
         super().__init__(
             v_threshold=v_threshold,
             v_reset=v_reset,
-            surrogate_function=surrogate_function or surrogate.ATan(alpha=2.0),
+            surrogate_function=surrogate.ATan(alpha=2.0) if surrogate_function is None else surrogate_function,
             detach_reset=detach_reset,
             step_mode=step_mode,
             store_v_seq=store_v_seq,
@@ -96,12 +94,7 @@ class DynamicsNode(BaseNode):
 
     @v_threshold.setter
     def v_threshold(self, value: float | torch.Tensor) -> None:
-        if not isinstance(value, torch.Tensor):
-            check_threshold(value)
-        elif not bool((value > 0).all()):
-            raise SpikelmError(f"v_threshold must be > 0; got a smallest value of {float(value.min())}")
-        elif not bool(value.isfinite().all()):
-            raise SpikelmError(f"v_threshold must be finite; got a largest value of {float(value.max())}")
+        check_threshold(value)
         a = getattr(self, "a", None)  # BaseNode.__init__ assigns before it exists
         shape = () if a is None else tuple(a.shape)
         if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != shape:
@@ -204,12 +197,13 @@ class DynamicsNode(BaseNode):
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
         memories = dict(zip(self._memories, states, strict=True))
         threshold = self._threshold(x_seq, x_seq.dim() - 1)
-        started = memories.get("started", False)
-        spikes, membranes = reference.multi_step(x_seq, memories["v"], threshold, self.dynamics, started)
+        dynamics = self.dynamics
+        started = dynamics.inject == "first" and memories["started"]
+        spikes, membranes = reference.multi_step(x_seq, memories["v"], threshold, dynamics, started)
         if len(membranes):
             memories["v"] = membranes[-1].clone()  # a view would break reset() and detach()
         if "started" in memories:
-            memories["started"] = started or len(x_seq) > 0
+            memories["started"] = memories["started"] or len(x_seq) > 0
         return spikes, membranes, tuple(memories.values())
 
     def _threshold(self, x: torch.Tensor, frame_dims: int) -> torch.Tensor:
@@ -256,11 +250,18 @@ def set_backend(net: nn.Module, backend: str) -> None:
         neuron.backend = backend
 
 
-def check_threshold(value: float) -> None:
-    """A float that float32 holds as a positive normal number."""
+def check_threshold(value: float | torch.Tensor) -> None:
+    """A float, or a floating-point tensor, that float32 holds as positive normal numbers."""
     limits = torch.finfo(torch.float32)
-    if not isinstance(value, float) or not limits.tiny <= value <= limits.max:
-        raise SpikelmError(f"v_threshold must be a float within [{limits.tiny:.4g}, {limits.max:.4g}]; got {value!r}")
+    accepted = f"v_threshold must be a float within [{limits.tiny:.4g}, {limits.max:.4g}]"
+    if not isinstance(value, torch.Tensor):
+        if not isinstance(value, float) or not limits.tiny <= value <= limits.max:
+            raise SpikelmError(f"{accepted}; got {value!r}")
+    elif not value.is_floating_point():
+        raise SpikelmError(f"{accepted}, or a tensor of such; got {value.dtype}")
+    elif not bool(((value >= limits.tiny) & (value <= limits.max)).all()):
+        smallest, largest = float(value.min()), float(value.max())
+        raise SpikelmError(f"{accepted}, or a tensor of such; got values from {smallest:g} to {largest:g}")
 
 
 def check_positive(name: str, value: float) -> None:

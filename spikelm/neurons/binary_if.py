@@ -64,8 +64,6 @@ class BinaryIF(DynamicsNode):
         check_flag("reset_delay", reset_delay)
         if v_reset is not None and not (isinstance(v_reset, float) and math.isfinite(v_reset)):
             raise SpikelmError(f"v_reset must be a finite float (hard reset) or None (soft reset); got {v_reset!r}")
-        if reset_delay and v_reset is not None:
-            raise SpikelmError(f"reset_delay=True is a soft reset and takes v_reset=None; got v_reset={v_reset!r}")
         super().__init__(
             v_threshold=v_threshold,
             v_reset=v_reset,
@@ -84,6 +82,8 @@ class BinaryIF(DynamicsNode):
     @property
     def dynamics(self) -> Dynamics:
         """The equations of one step."""
+        if self.reset_delay and self.v_reset is not None:
+            raise SpikelmError(f"reset_delay=True is a soft reset and takes v_reset=None; got v_reset={self.v_reset!r}")
         return Dynamics(
             fire="binary",
             surrogate_function=self.surrogate_function,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from spikelm.errors import SpikelmError
-from spikelm.neurons.base import DynamicsNode, check_beta, check_count, check_positive
+from spikelm.neurons.base import DynamicsNode, check_beta, check_count
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Compensation, Dynamics
 
@@ -25,7 +25,8 @@ class TILIF(DynamicsNode):
     derivative of the firing is ``alpha`` where |h| <= D V, else 0.
 
     Args:
-        D: the largest spike, >= 1; 1 is a ternary neuron. bfloat16 holds every integer up to 256 alone.
+        D: the largest spike, >= 1; 1 is a ternary neuron. bfloat16 rounds integers
+            above 256, float16 above 2048.
         beta: factor on the membrane between steps, within (0, 1].
         v_threshold: V, a float > 0.
         num_channels, channel_dim: one threshold for every index of that axis of an input [N, *].
@@ -62,9 +63,6 @@ class TILIF(DynamicsNode):
     ) -> None:
         check_count("D", D)
         check_beta(beta, allow_growth)
-        check_positive("alpha", alpha)
-        if sgc is not None and sgc not in get_args(Compensation):
-            raise SpikelmError(f"sgc must be None or one of {', '.join(get_args(Compensation))}; got {sgc!r}")
         super().__init__(
             v_threshold=v_threshold,
             v_reset=None,
@@ -78,8 +76,8 @@ class TILIF(DynamicsNode):
             backend=backend,
         )
         self.surrogate_function = None  # the window is in the dynamics
-        self.D, self.beta, self.alpha, self.sgc = D, float(beta), float(alpha), sgc
-        self.sgc_weight = sgc_weight
+        self.D, self.beta, self.alpha = D, float(beta), alpha
+        self.sgc, self.sgc_weight = sgc, sgc_weight
         self.dynamics  # noqa: B018  refuses bad arguments here rather than at the first call
 
     @property
@@ -90,21 +88,10 @@ class TILIF(DynamicsNode):
             decay=self.beta,
             levels=self.D,
             detach_reset=self.detach_reset,
-            surrogate_slope=self.alpha,
-            compensation=self.sgc if self.training else None,
-            compensation_weight=self.sgc_weight,
+            alpha=self.alpha,
+            sgc=self.sgc if self.training else None,
+            sgc_weight=self.sgc_weight,
         )
-
-    @property
-    def sgc_weight(self) -> float:
-        """w of the compensation."""
-        return self._sgc_weight
-
-    @sgc_weight.setter
-    def sgc_weight(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise SpikelmError(f"sgc_weight must be a number within [0, 1]; got {value!r}")
-        self._sgc_weight = float(value)
 
     def encode_sum(self, x: torch.Tensor) -> torch.Tensor:
         """The spikes of one step from v = 0, the paper's form: shape and dtype of x. Leaves the membrane alone."""
@@ -117,25 +104,28 @@ class TILIF(DynamicsNode):
         self._check_input(x, x.shape)
         h = x.detach().to(reference.state_dtype(x.dtype))
         spikes = reference.fire(h / self._threshold(x, x.dim()), Dynamics(fire="integer", levels=self.D))
-        return self.to_ternary(spikes.to(x.dtype))
+        return self._frames(spikes.detach()).to(x.dtype)
 
     def to_ternary(self, spikes: torch.Tensor) -> torch.Tensor:
         """Spikes [*] in -D..D as D frames [D, *]: frame i (from 1) is sign(s) where \\|s\\| >= i. No gradient.
 
         Raises:
-            SpikelmError: a value is not an integer in -D..D.
+            SpikelmError: an unsigned or complex type, or a value that is not an integer in -D..D.
         """
-        spikes = spikes.detach()
-        if not bool(((spikes == spikes.round()) & (spikes.abs() <= self.D)).all()):
+        if not spikes.dtype.is_signed or spikes.is_complex():
+            raise SpikelmError(f"to_ternary takes a signed integer or floating-point tensor; got {spikes.dtype}")
+        wide = spikes.detach().to(torch.float64)
+        if not bool(((wide == wide.round()) & (wide.abs() <= self.D)).all()):
             raise SpikelmError(
-                f"to_ternary takes integers within -{self.D}..{self.D}; got values from {spikes.min().item():g} to "
-                f"{spikes.max().item():g}"
+                f"to_ternary takes integers within -{self.D}..{self.D}; got values from {wide.min().item():g} to "
+                f"{wide.max().item():g}"
             )
-        return torch.stack([(spikes >= i).to(spikes.dtype) - (spikes <= -i).to(spikes.dtype) for i in self._levels])
+        return self._frames(wide).to(spikes.dtype)
 
-    @property
-    def _levels(self) -> range:
-        return range(1, self.D + 1)
+    def _frames(self, spikes: torch.Tensor) -> torch.Tensor:
+        """The frames of spikes in a type that compares with every level exactly."""
+        levels = range(1, self.D + 1)
+        return torch.stack([(spikes >= i).to(spikes.dtype) - (spikes <= -i).to(spikes.dtype) for i in levels])
 
     @staticmethod
     def from_ternary(frames: torch.Tensor) -> torch.Tensor:
@@ -160,8 +150,10 @@ def anneal_sgc(net: nn.Module, progress: float, *, start: float = 0.3, end: floa
     Raises:
         SpikelmError: a share outside of its range, or ``net`` holds no TILIF.
     """
-    if not 0 <= progress <= 1 or not 0 < end <= 1:
-        raise SpikelmError(f"progress must be within [0, 1] and end within (0, 1]; got {progress!r} and {end!r}")
+    if not (0 <= progress <= 1 and 0 <= start <= 1 and 0 < end <= 1):
+        raise SpikelmError(
+            f"progress and start must be within [0, 1] and end within (0, 1]; got {progress!r}, {start!r} and {end!r}"
+        )
     neurons: list[Any] = [module for module in net.modules() if hasattr(module, "sgc_weight")]
     if not neurons:
         raise SpikelmError("anneal_sgc: the network holds no TILIF")

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from spikelm.errors import SpikelmError
+from spikelm.ops.surrogate import check_surrogate
 
 Fire = Literal["binary", "ternary", "integer"]
 Reset = Literal["soft", "soft_delayed", "hard"]
@@ -31,13 +32,13 @@ class Dynamics:
         fire: the firing function. Binary fires at h >= V, ternary at |h| >= V, integer rounds half away from zero.
         surrogate_function: derivative of a step at 0, called as ``surrogate_function(h / V - 1)``: a surrogate of
             SpikingJelly (``spiking=False`` puts its smooth primitive in place of the step), or any callable whose
-            gradient is taken, such as snnTorch's. Integer firing has a window, ``surrogate_slope`` high, instead.
+            gradient is taken, such as snnTorch's. Integer firing has a window, ``alpha`` high, instead.
         decay: factor on the membrane between steps, > 0 and finite (1 / tau for ATMN).
         reset: see above; ``v_reset`` belongs to "hard".
         inject: "every" step, or the "first" alone (MAR, Eq. 1).
         levels: the largest integer spike, for ``fire="integer"``.
         detach_reset: no gradient through the spike in the reset.
-        compensation: for integer firing, mixes in g(x) = levels tanh(x / levels) with ``compensation_weight``, into
+        sgc: for integer firing, mixes in g(x) = levels tanh(x / levels) with ``sgc_weight``, into
             the derivative alone ("gradient") or into the spike itself ("blend").
     """
 
@@ -49,26 +50,29 @@ class Dynamics:
     levels: int = 1
     v_reset: float = 0.0
     detach_reset: bool = False
-    surrogate_slope: float = 1.0
-    compensation: Compensation | None = None
-    compensation_weight: float = 0.0
+    alpha: float = 1.0
+    sgc: Compensation | None = None
+    sgc_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        choices = {"fire": Fire, "reset": Reset, "inject": Inject, "compensation": Compensation}
+        choices = {"fire": Fire, "reset": Reset, "inject": Inject, "sgc": Compensation}
         for name, choice in choices.items():
             value, accepted = getattr(self, name), get_args(choice)
-            if value not in accepted and (name, value) != ("compensation", None):
-                raise SpikelmError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
-        if not (isinstance(self.decay, (int, float)) and 0 < self.decay < math.inf):
-            raise SpikelmError(f"decay must be a finite number > 0; got {self.decay!r}")
-        if not (isinstance(self.levels, int) and self.levels >= 1):
+            optional = "None or " if name == "sgc" else ""
+            if value not in accepted and not (optional and value is None):
+                raise SpikelmError(f"{name} must be {optional}one of {', '.join(accepted)}; got {value!r}")
+        for name in ("decay", "alpha"):
+            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
+                raise SpikelmError(f"{name} must be a finite number > 0; got {getattr(self, name)!r}")
+        if not (_is_number(self.sgc_weight) and 0 <= self.sgc_weight <= 1):
+            raise SpikelmError(f"sgc_weight must be a number within [0, 1]; got {self.sgc_weight!r}")
+        if not (_is_number(self.v_reset) and abs(self.v_reset) < 3.4e38):  # what float32 holds
+            raise SpikelmError(f"v_reset must be a finite number within float32; got {self.v_reset!r}")
+        if isinstance(self.levels, bool) or not (isinstance(self.levels, int) and self.levels >= 1):
             raise SpikelmError(f"levels must be an integer >= 1; got {self.levels!r}")
-        if self.fire != "integer" and not callable(self.surrogate_function):
-            raise SpikelmError(
-                f"fire={self.fire!r} needs a surrogate_function that can be called; got {self.surrogate_function!r}"
-            )
-        if hasattr(self.surrogate_function, "max_spike_count"):
-            raise SpikelmError(
-                f"surrogate_function must stand for a step from 0 to 1; {self.surrogate_function} counts spikes. "
-                "fire='integer' (TILIF) does"
-            )
+        if self.fire != "integer":
+            check_surrogate(self.surrogate_function)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

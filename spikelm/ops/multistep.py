@@ -22,7 +22,9 @@ def encode_sum(
     if dynamics.fire == "ternary" and dynamics.reset == "soft" and derivative is not None:
         return _TernaryEncodeSum.apply(x, threshold, dynamics, T, frame_weight, derivative)
     if derivative is None and getattr(dynamics.surrogate_function, "spiking", True):
-        warn_once(f"{dynamics.surrogate_function}: no kernel for this surrogate, the reference is used")
+        function = dynamics.surrogate_function
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        warn_once(f"{name}: no kernel for this surrogate, the reference is used")
     total = torch.zeros_like(x, dtype=reference.state_dtype(x.dtype))
     for t, frame in enumerate(reference.encode(x, threshold, dynamics, T)):
         total = total.add(frame, alpha=frame_weight**t)

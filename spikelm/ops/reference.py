@@ -39,10 +39,10 @@ class _RoundAndClip(torch.autograd.Function):
 def fire(x: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
     """Spikes for a membrane in units of the threshold, x = h / V. A NaN never fires."""
     if dynamics.fire == "integer":
-        weight, levels = dynamics.compensation_weight, dynamics.levels
-        smooth = weight if dynamics.compensation == "gradient" else 0.0
-        spikes = _RoundAndClip.apply(x, levels, dynamics.surrogate_slope, smooth)
-        if dynamics.compensation == "blend":
+        weight, levels = dynamics.sgc_weight, dynamics.levels
+        smooth = weight if dynamics.sgc == "gradient" else 0.0
+        spikes = _RoundAndClip.apply(x, levels, dynamics.alpha, smooth)
+        if dynamics.sgc == "blend":
             spikes = (1 - weight) * spikes + weight * levels * (x / levels).tanh()
         return torch.where(x.isnan(), torch.zeros_like(x), spikes)
     assert dynamics.surrogate_function is not None  # Dynamics refuses this combination

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import surrogate
 
+from spikelm.errors import SpikelmError
+
 
 def heaviside(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """1 where x >= 0, else 0 (also for NaN), with the gradient of ``function``; in x's dtype.
@@ -18,8 +20,21 @@ def heaviside(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor])
     """
     if hasattr(function, "spiking"):
         return function(x)
-    value = function(x).to(x.dtype)
-    return (x >= 0).to(x.dtype) + (value - value.detach())
+    step, value = (x >= 0).to(x.dtype), function(x).to(x.dtype)
+    return torch.where(value.isfinite(), step + (value - value.detach()), step)
+
+
+def check_surrogate(function: Any) -> None:
+    """Raises SpikelmError for what is no derivative of a step: nothing to call, a class, a count, a random draw."""
+    if isinstance(function, type) or not callable(function):
+        raise SpikelmError(f"surrogate_function must be an object that can be called, no class; got {function!r}")
+    if hasattr(function, "max_spike_count"):
+        raise SpikelmError(
+            f"surrogate_function must stand for a step from 0 to 1; {function} counts spikes. "
+            "fire='integer' (TILIF) does"
+        )
+    if isinstance(function, getattr(surrogate, "PoissonPass", ())):
+        raise SpikelmError(f"surrogate_function must stand for a step from 0 to 1; {function} draws at random")
 
 
 def atan_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:

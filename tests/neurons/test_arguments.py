@@ -88,7 +88,7 @@ def test_growth_must_be_allowed(neuron: type[DynamicsNode]) -> None:
         *wrong("frame_weight", POSITIVE, 0, -0.5, NAN),
         *wrong("T", COUNT, 0, -1, 2.0, True, "4"),
         *wrong("inject", "one of every, first", "last", None),
-        ({"surrogate_function": 3}, "surrogate_function that can be called", "got 3"),
+        ({"surrogate_function": 3}, "surrogate_function must be an object that can be called", "got 3"),
     ],
 )
 def test_arguments_of_atmn(arguments: dict, accepted: str, given: str) -> None:
@@ -120,7 +120,7 @@ def test_arguments_of_tilif(arguments: dict, accepted: str, given: str) -> None:
             "reset_delay=True is a soft reset and takes v_reset=None",
             "got v_reset=0",
         ),
-        ({"surrogate_function": 3}, "surrogate_function that can be called", "got 3"),
+        ({"surrogate_function": 3}, "surrogate_function must be an object that can be called", "got 3"),
     ],
 )
 def test_arguments_of_binary_if(arguments: dict, accepted: str, given: str) -> None:
@@ -218,12 +218,14 @@ def test_setting_the_threshold(neuron: type[DynamicsNode], learn_threshold: bool
         with refused(f"v_threshold must be {THRESHOLD}", f"got {value!r}"):
             node.v_threshold = value
         assert settings(node) == before
-    for value, accepted in ((0.0, "> 0; got"), (-1.0, "> 0; got"), (NAN, "> 0; got"), (INF, "finite; got")):
+    for value in (0.0, -1.0, NAN, INF, 1e-39):
         values = torch.ones(shape)
         values.view(-1)[-1] = value
-        with refused(f"v_threshold must be {accepted}", str(value)):
+        with refused(f"v_threshold must be {THRESHOLD}, or a tensor of such; got values from", f"{values.min():g}"):
             node.v_threshold = values
         assert settings(node) == before
+    with refused(f"v_threshold must be {THRESHOLD}, or a tensor of such", "got torch.int64"):
+        node.v_threshold = torch.ones(shape, dtype=torch.long)
     for other in ((2,), (4,), (2, 3), (3, 1)):
         with refused(f"{neuron.__name__} has a v_threshold of shape {shape}", f"got one of shape {other}"):
             node.v_threshold = torch.ones(other)
@@ -242,22 +244,22 @@ def test_setting_the_backend(neuron: type[DynamicsNode]) -> None:
     assert node.backend == "torch"
 
 
-def test_setting_the_compensation() -> None:
-    node = TILIF(sgc="blend", sgc_weight=0.4)
-    with refused("sgc_weight must be a number within [0, 1]", "got 1.5"):
-        node.sgc_weight = 1.5
-    assert node.sgc_weight == 0.4
-
-
 @pytest.mark.parametrize(
     ("neuron", "name", "value", "message"),
     [
         (ATMN, "tau", -1.0, "decay must be a finite number > 0; got -1.0"),
         (ATMN, "inject", "last", "inject must be one of every, first; got 'last'"),
         (TILIF, "D", 0, "levels must be an integer >= 1; got 0"),
-        (TILIF, "sgc", "both", "compensation must be one of gradient, blend; got 'both'"),
+        (TILIF, "sgc", "both", "sgc must be None or one of gradient, blend; got 'both'"),
+        (TILIF, "sgc_weight", 1.5, "sgc_weight must be a number within [0, 1]; got 1.5"),
+        (TILIF, "alpha", -1.0, "alpha must be a finite number > 0; got -1.0"),
         (BinaryIF, "beta", 0.0, "decay must be a finite number > 0; got 0.0"),
-        (BinaryIF, "surrogate_function", None, "needs a surrogate_function that can be called; got None"),
+        (
+            BinaryIF,
+            "surrogate_function",
+            None,
+            "surrogate_function must be an object that can be called, no class; got None",
+        ),
     ],
 )
 def test_plain_attributes_are_refused_at_the_next_step(

@@ -18,7 +18,7 @@ STEPS = st.integers(1, 12)
 LEVELS = st.integers(1, 9)
 THRESHOLDS = st.floats(0.05, 5.0)
 DECAYS = st.one_of(st.just(1.0), st.floats(0.1, 1.0))
-RESETS = st.floats(-1.0, 1.0)
+RESETS = st.integers(-64, 64).map(lambda k: k / 64)
 # On multiples of 1/64 float32 adds, subtracts and compares without rounding, and ties are common.
 GRID_THRESHOLDS = st.integers(8, 128).map(lambda k: k / 32)  # half of one is on the grid too
 HALVING_DECAYS = st.sampled_from([1.0, 0.75, 0.5, 0.25])

@@ -239,14 +239,13 @@ def test_annealing() -> None:
         ({"progress": math.nan}, "nan"),
         ({"progress": 0.5, "end": 0.0}, "0.0"),
         ({"progress": 0.5, "end": 1.1}, "1.1"),
+        ({"progress": 0.5, "start": 2.0}, "2.0"),
     ],
 )
 def test_annealing_refuses(arguments: dict, given: str) -> None:
     neuron = TILIF(sgc="blend", sgc_weight=0.6)
-    with pytest.raises(SpikelmError, match=rf"progress must be within \[0, 1\] and end within \(0, 1\]; got .*{given}"):
+    with pytest.raises(SpikelmError, match=rf"progress and start must be within \[0, 1\] and end .*; got .*{given}"):
         anneal_sgc(neuron, **arguments)
-    with pytest.raises(SpikelmError, match=r"sgc_weight must be a number within \[0, 1\]; got 2.0"):
-        anneal_sgc(neuron, 0.0, start=2.0)
     assert neuron.sgc_weight == 0.6
 
 
@@ -305,3 +304,36 @@ def test_figures_of_normal_input() -> None:
     assert math.isclose(float((spikes != 0).double().mean()), 0.617, abs_tol=5e-4)
     assert math.isclose(float((x.abs() > 4).double().mean()), 6e-5, abs_tol=5e-6)
     assert math.isclose(float((x - spikes).square().mean() / x.square().mean()), 0.083, abs_tol=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float64])
+def test_frames_of_every_signed_type(dtype: torch.dtype) -> None:
+    spikes = torch.tensor([-4, -1, 0, 3, 4]).to(dtype)
+    frames = TILIF().to_ternary(spikes)
+    assert frames.dtype == dtype
+    assert frames.tolist() == [[-1, -1, 0, 1, 1], [-1, 0, 0, 1, 1], [-1, 0, 0, 1, 1], [-1, 0, 0, 0, 1]]
+
+
+def test_frames_where_16_bits_round() -> None:
+    spikes = torch.tensor([280.0], dtype=torch.bfloat16)  # 281 is no bfloat16
+    assert TILIF(D=300).to_ternary(spikes).float().sum() == 280
+    assert TILIF(D=200).to_ternary(torch.tensor([-128], dtype=torch.int8)).int().sum() == -128
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.complex64])
+def test_frames_need_a_sign(dtype: torch.dtype) -> None:
+    with pytest.raises(SpikelmError, match=f"takes a signed integer or floating-point tensor; got {dtype}"):
+        TILIF().to_ternary(torch.ones(3).to(dtype))
+
+
+def test_the_least_int8_is_out_of_range() -> None:
+    with pytest.raises(SpikelmError, match=r"within -4..4; got values from -128 to 1"):
+        TILIF().to_ternary(torch.tensor([-128, 1], dtype=torch.int8))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+@pytest.mark.parametrize("method", ["encode", "encode_sum"])
+def test_encoding_compiles_without_graph_breaks(method: str) -> None:
+    neuron, x = TILIF(num_channels=3), 3 * torch.randn(5, 3)
+    compiled = torch.compile(getattr(neuron, method), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), getattr(neuron, method)(x))

@@ -97,7 +97,7 @@ def test_detach_reset_drops_the_spike_and_keeps_the_threshold() -> None:
 
 def test_integer_rounds_half_away_and_clips() -> None:
     x = torch.tensor([-9.0, -2.5, -0.5, -0.4, 0.0, 0.5, 1.5, 2.4, 9.0, float("nan"), float("inf")], requires_grad=True)
-    dynamics = Dynamics("integer", levels=4, surrogate_slope=0.5)
+    dynamics = Dynamics("integer", levels=4, alpha=0.5)
     spikes = reference.fire(x, dynamics)
     assert spikes.tolist() == [-4, -3, -1, 0, 0, 1, 2, 2, 4, 0, 4]
     spikes.sum().backward()
@@ -136,34 +136,34 @@ def test_what_does_not_fire_is_not_cleared() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_windows_height_is_exact_in_the_type_of_the_membrane(dtype: torch.dtype) -> None:
     x = torch.tensor([0.5, -2.0, 9.0], dtype=dtype, requires_grad=True)
-    reference.fire(x, Dynamics("integer", levels=4, surrogate_slope=0.1)).sum().backward()
+    reference.fire(x, Dynamics("integer", levels=4, alpha=0.1)).sum().backward()
     assert x.grad.dtype == dtype
     assert torch.equal(x.grad, torch.tensor([0.1, 0.1, 0.0], dtype=dtype))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("compensation", [None, "gradient", "blend"])
-def test_compensation(compensation: str | None, weight: float) -> None:
+@pytest.mark.parametrize("sgc", [None, "gradient", "blend"])
+def test_compensation(sgc: str | None, weight: float) -> None:
     """g(x) = levels tanh(x / levels), in the derivative alone or in the spike itself."""
     x = torch.cat([x_seq(40), torch.tensor([-3.0, 3.0, 7.0, 0.0], dtype=torch.float64)]).requires_grad_()
-    plain = Dynamics("integer", levels=3, surrogate_slope=0.5)
-    mixed = Dynamics("integer", levels=3, surrogate_slope=0.5, compensation=compensation, compensation_weight=weight)
+    plain = Dynamics("integer", levels=3, alpha=0.5)
+    mixed = Dynamics("integer", levels=3, alpha=0.5, sgc=sgc, sgc_weight=weight)
     spikes, mixture = reference.fire(x, plain).detach(), reference.fire(x, mixed)
-    share = weight if compensation is not None else 0.0
+    share = weight if sgc is not None else 0.0
     (gradient,) = torch.autograd.grad(mixture.sum(), x)
     at = x.detach()
     window, smooth = 0.5 * (at.abs() <= 3).double(), 1 - (at / 3).tanh().square()
     torch.testing.assert_close(gradient, (1 - share) * window + share * smooth, rtol=1e-12, atol=1e-12)
-    if compensation == "blend":
+    if sgc == "blend":
         torch.testing.assert_close(mixture, (1 - share) * spikes + share * 3 * (at / 3).tanh())
     else:
         assert torch.equal(mixture, spikes)
 
 
-@pytest.mark.parametrize("compensation", [None, "gradient", "blend"])
-def test_compensation_of_special_values(compensation: str | None) -> None:
+@pytest.mark.parametrize("sgc", [None, "gradient", "blend"])
+def test_compensation_of_special_values(sgc: str | None) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
-    dynamics = Dynamics("integer", levels=3, compensation=compensation, compensation_weight=0.5)
+    dynamics = Dynamics("integer", levels=3, sgc=sgc, sgc_weight=0.5)
     spikes = reference.fire(x, dynamics)
     assert spikes.tolist() == [0, 3, -3, 0]
     assert not bool(spikes[3].signbit())
@@ -215,9 +215,17 @@ def test_no_steps() -> None:
         ({"fire": "quaternary"}, "fire must be one of binary, ternary, integer; got 'quaternary'"),
         ({"fire": "binary", "surrogate_function": ATAN, "reset": "none"}, "reset must be one of soft, .*got 'none'"),
         ({"fire": "binary", "surrogate_function": ATAN, "inject": "last"}, "inject must be one of .*got 'last'"),
-        ({"fire": "binary"}, "fire='binary' needs a surrogate_function that can be called; got None"),
-        ({"fire": "ternary", "surrogate_function": 3}, "fire='ternary' needs a surrogate_function .*; got 3"),
-        ({"fire": "integer", "compensation": "both"}, "compensation must be one of gradient, blend; got 'both'"),
+        ({"fire": "binary", "surrogate_function": surrogate.ATan}, "that can be called, no class; got <class"),
+        ({"fire": "integer", "alpha": float("nan")}, "alpha must be a finite number > 0; got nan"),
+        ({"fire": "integer", "levels": True}, "levels must be an integer >= 1; got True"),
+        ({"fire": "integer", "sgc_weight": -3.0}, "sgc_weight must be a number within .0, 1.; got -3.0"),
+        ({"fire": "integer", "v_reset": 1e300}, "v_reset must be a finite number within float32; got 1e.300"),
+        ({"fire": "binary"}, "surrogate_function must be an object that can be called, no class; got None"),
+        (
+            {"fire": "ternary", "surrogate_function": 3},
+            "surrogate_function must be an object that can be called, no class; got 3",
+        ),
+        ({"fire": "integer", "sgc": "both"}, "sgc must be None or one of gradient, blend; got 'both'"),
         ({"fire": "integer", "decay": 0.0}, "decay must be a finite number > 0; got 0.0"),
         ({"fire": "integer", "decay": float("inf")}, "decay must be a finite number > 0; got inf"),
         ({"fire": "integer", "levels": 0}, "levels must be an integer >= 1; got 0"),

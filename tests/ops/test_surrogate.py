@@ -33,9 +33,9 @@ def test_it_fires_at_zero_and_above(function: Callable, dtype: torch.dtype) -> N
     assert spikes.tolist() == [0, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["spikingjelly", "snntorch"])
-def test_special_values(name: str) -> None:
-    spikes = heaviside(torch.tensor([math.nan, math.inf, -math.inf]), FUNCTIONS[name])
+@every_function
+def test_special_values(function: Callable) -> None:
+    spikes = heaviside(torch.tensor([math.nan, math.inf, -math.inf]), function)
     assert spikes.tolist() == [0, 1, 0]
 
 
