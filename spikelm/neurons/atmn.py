@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 from spikelm.neurons.base import DynamicsNode, check_count, check_positive
 from spikelm.ops import multistep, reference
-from spikelm.ops.dynamics import Dynamics, Inject
+from spikelm.ops.dynamics import Dynamics, Fire, Inject
 
 
 class ATMN(DynamicsNode):
@@ -42,6 +43,8 @@ class ATMN(DynamicsNode):
     Attributes:
         started: whether a step was taken since the last reset.
     """
+
+    fire: ClassVar[Fire] = "ternary"  # a subclass may fire otherwise: examples/mar/ablate.py
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ATMN(DynamicsNode):
     def dynamics(self) -> Dynamics:
         """The equations of one step."""
         return Dynamics(
-            fire="ternary",
+            fire=self.fire,
             surrogate_function=self.surrogate_function,
             decay=1.0 / self.tau,
             inject=self.inject,
