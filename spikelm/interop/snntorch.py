@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from spikelm.errors import SpikelmError
-from spikelm.neurons.base import check_count
+from spikelm.neurons.base import check_count, check_flag
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Compensation, Dynamics, Fire, Reset
 
@@ -97,8 +97,7 @@ class DynamicsLeaky(snntorch.Leaky):
         flags = {"init_hidden": init_hidden, "learn_beta": learn_beta, "learn_threshold": learn_threshold}
         flags |= {"output": output, "reset_delay": reset_delay, "detach_reset": detach_reset}
         for option, value in flags.items():
-            if not isinstance(value, bool):
-                raise SpikelmError(f"{option} must be True or False; got {value!r}")
+            check_flag(option, value)
         if spike_grad is not None and not callable(spike_grad):
             raise SpikelmError(f"spike_grad must be a surrogate function or None; got {spike_grad!r}")
         super().__init__(

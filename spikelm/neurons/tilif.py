@@ -25,8 +25,7 @@ class TILIF(DynamicsNode):
     derivative of the firing is ``alpha`` where |h| <= D V, else 0.
 
     Args:
-        D: the largest spike, >= 1; 1 is a ternary neuron. bfloat16 rounds integers
-            above 256, float16 above 2048.
+        D: the largest spike, >= 1; 1 is a ternary neuron. bfloat16 rounds integers above 256, float16 above 2048.
         beta: factor on the membrane between steps, within (0, 1].
         v_threshold: V, a float > 0.
         num_channels, channel_dim: one threshold for every index of that axis of an input [N, *].

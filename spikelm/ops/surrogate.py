@@ -1,4 +1,4 @@
-"""Which surrogates have a closed derivative here; the others run on the reference through their own autograd."""
+"""The step that fires with a surrogate's gradient, which surrogates are taken, and which have a closed derivative."""
 
 from __future__ import annotations
 
