@@ -8,7 +8,10 @@ from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "calibrate", "spikify"]
+__all__ = ["Recipe", "calibrate", "spikify", "use_backend"]
+
+if find_spec("spikingjelly") is not None:
+    from spikelm.ops.multistep import use_backend
 
 _reason = "they are not installed"
 if find_spec("transformers") is not None and find_spec("spikingjelly") is not None:

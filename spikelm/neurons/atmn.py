@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from spikelm.neurons.base import DynamicsNode, check_count, check_positive
-from spikelm.ops import multistep, reference
+from spikelm.ops import multistep
 from spikelm.ops.dynamics import Dynamics, Fire, Inject
 
 
@@ -92,18 +92,26 @@ class ATMN(DynamicsNode):
             detach_reset=self.detach_reset,
         )
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """T ternary frames of x [*]: [T, *] in x's dtype. Neither reads nor changes the membrane ``v``."""
-        self._check_input(x, x.shape)
-        return torch.stack(reference.encode(x, self._threshold(x, x.dim()), self.dynamics, self.T)).to(x.dtype)
+    def encode(self, x: torch.Tensor, spike_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """T ternary frames of x [*]: [T, *] in x's dtype, or in torch.int8 without gradient.
 
-    def encode_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The frames' weighted sum, sum_t frame_weight**t s_t, of x [*]: same shape and dtype as x.
-
-        W @ encode_sum(x) is what a projection accumulates over the T frames of one token.
+        Neither reads nor changes the membrane ``v``.
         """
         self._check_input(x, x.shape)
-        return multistep.encode_sum(x, self._threshold(x, x.dim()), self.dynamics, self.T, self.frame_weight)
+        threshold, dynamics = self._threshold(x, x.dim()), self._current_dynamics()
+        return multistep.encode(x, threshold, dynamics, self.T, spike_dtype=spike_dtype, backend=self.backend)
+
+    def encode_sum(self, x: torch.Tensor, spike_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The frames' weighted sum, sum_t frame_weight**t s_t, of x [*]: same shape and dtype as x.
+
+        W @ encode_sum(x) is what a projection accumulates over the T frames of one token. With ``spike_dtype``
+        torch.int8, without gradient, it is the count itself for frame_weight 1, and 2**(T - 1) times it for 0.5.
+        """
+        self._check_input(x, x.shape)
+        threshold, dynamics = self._threshold(x, x.dim()), self._current_dynamics()
+        return multistep.encode_sum(
+            x, threshold, dynamics, self.T, self.frame_weight, spike_dtype=spike_dtype, backend=self.backend
+        )
 
     def extra_repr(self) -> str:
         """The arguments that differ between instances."""

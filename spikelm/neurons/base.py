@@ -12,10 +12,11 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
 from spikelm.errors import SpikelmError
-from spikelm.ops import reference
+from spikelm.ops import multistep, reference
 from spikelm.ops.dynamics import Dynamics
+from spikelm.ops.multistep import BACKENDS, check_backend
 
-BACKENDS = ("auto", "torch")
+_STATE = {"v", "v_seq", "started"}
 
 
 class DynamicsNode(BaseNode):
@@ -33,7 +34,8 @@ class DynamicsNode(BaseNode):
         surrogate_function: derivative of a firing step, SpikingJelly's or snnTorch's; None is ATan(alpha=2) [ours].
         detach_reset: no gradient through the spike in the reset.
         step_mode, store_v_seq: as in SpikingJelly.
-        backend: "auto" or "torch".
+        backend: "auto", the kernel of the input's device or else the reference; or one of these by name: "torch" (the
+            reference), "cpu", "cupy" (CUDA).
 
     Shape:
         step_mode "s": x [N, *] -> [N, *]; "m": x_seq [T, N, *] -> [T, N, *]; spikes come in the input's dtype.
@@ -115,8 +117,7 @@ class DynamicsNode(BaseNode):
 
     @backend.setter
     def backend(self, value: str) -> None:
-        if value not in BACKENDS:
-            raise SpikelmError(f"backend must be one of {', '.join(BACKENDS)}; got {value!r}")
+        check_backend(value)
         self._backend = value
 
     @property
@@ -124,11 +125,35 @@ class DynamicsNode(BaseNode):
         """Accepted by SpikingJelly's set_backend where that exists."""
         return BACKENDS
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name not in _STATE:
+            self.__dict__["_known"] = None
+
+    def _current_dynamics(self) -> Dynamics:
+        """:attr:`dynamics`, built anew only after an attribute of the neuron or its surrogate has changed."""
+        if torch.compiler.is_compiling():
+            return self.dynamics  # what it is built from is guarded; a cache would be guarded too, and filled once
+        function = self.surrogate_function
+        settings = (getattr(function, "alpha", None), getattr(function, "spiking", None))
+        known: tuple[Any, Dynamics] | None = self.__dict__.get("_known")
+        if known is None or known[0] != settings:
+            known = self.__dict__["_known"] = (settings, self.dynamics)
+        return known[1]
+
     def materialize_states(
         self, inputs: tuple[torch.Tensor, ...], states: tuple[Any, ...], step_mode: str
     ) -> tuple[Any, ...]:
         """SpikingJelly 2's hook: a fresh or wrongly shaped membrane starts every state anew."""
         x = inputs[0]
+        v, *others = self._checked_states(x, states, step_mode)
+        if not isinstance(v, torch.Tensor):
+            shape = x.shape[1:] if step_mode == "m" else x.shape
+            v = torch.full(shape, v, dtype=reference.state_dtype(x.dtype), device=x.device)
+        return (v, *others)
+
+    def _checked_states(self, x: torch.Tensor, states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
+        """The states that go with x; a fresh membrane stays the number that it is everywhere."""
         if isinstance(x, torch.fx.Proxy):
             raise SpikelmError(
                 f"{type(self).__name__} cannot be traced symbolically, as an export to NIR does; "
@@ -139,31 +164,36 @@ class DynamicsNode(BaseNode):
         shape = x.shape[1:] if step_mode == "m" else x.shape
         self._check_input(x, shape)
         v, *others = states
-        dtype = reference.state_dtype(x.dtype)
         if isinstance(v, torch.Tensor) and v.shape == shape:
-            return (v.to(device=x.device, dtype=dtype), *others)
-        start = self._memories_rv["v"] if isinstance(v, torch.Tensor) else v
-        v = torch.full(shape, start, dtype=dtype, device=x.device)
-        return (v, *(value for name, value in self._memories_rv.items() if name != "v"))
+            return (v.to(device=x.device, dtype=reference.state_dtype(x.dtype)), *others)
+        return tuple(self._memories_rv.values()) if isinstance(v, torch.Tensor) else states
 
     def single_step_functional_forward(
         self, inputs: tuple[torch.Tensor, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-        """One step with explicit states: v [N, *] first, then the other memories."""
-        x, memories, dynamics = inputs[0], dict(zip(self._memories, states, strict=True)), self.dynamics
-        skip = dynamics.inject == "first" and memories["started"]
-        v = memories["v"]
-        s, memories["v"] = reference.step(None if skip else x.to(v.dtype), v, self._threshold(x, x.dim()), dynamics)
-        if "started" in memories:
-            memories["started"] = True
-        return (s.to(x.dtype),), tuple(memories.values())
+        """One step with explicit states: v [N, *] (or a number, everywhere) first, then the other memories."""
+        (spikes,), states = self.multi_step_functional_forward((inputs[0].unsqueeze(0),), states)
+        return (spikes.squeeze(0),), states
 
     def multi_step_functional_forward(
         self, inputs: tuple[torch.Tensor, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
         """All steps of x_seq [T, N, *] with explicit states."""
-        spikes, _, states = self._multi_step(inputs[0], states)
-        return (spikes,), states
+        x_seq, memories = inputs[0], dict(zip(self._memories, states, strict=True))
+        v, started = memories["v"], memories.get("started", False)
+        fresh = not isinstance(v, torch.Tensor)
+        spikes, memories["v"] = multistep.multi_step(
+            x_seq,
+            None if fresh else v,
+            self._threshold(x_seq, x_seq.dim() - 1),
+            self._current_dynamics(),
+            start=v if fresh else 0.0,
+            started=started,
+            backend=self.backend,
+        )
+        if "started" in memories:
+            memories["started"] = started or len(x_seq) > 0
+        return (spikes,), tuple(memories.values())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, *] in step_mode "s", x_seq [T, N, *] in "m"."""
@@ -173,7 +203,7 @@ class DynamicsNode(BaseNode):
 
     def single_step_forward(self, x: torch.Tensor) -> torch.Tensor:
         """One step of x [N, *], carrying the states from earlier calls."""
-        states = self.materialize_states((x,), tuple(self._memories.values()), "s")
+        states = self._checked_states(x, tuple(self._memories.values()), "s")
         (spikes,), states = self.single_step_functional_forward((x,), states)
         self._memories.update(zip(self._memories, states, strict=True))
         if self.store_v_seq:
@@ -185,26 +215,25 @@ class DynamicsNode(BaseNode):
 
     def multi_step_forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """All steps of x_seq [T, N, *], carrying the states from earlier calls."""
-        states = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
-        spikes, membranes, states = self._multi_step(x_seq, states)
+        states = self._checked_states(x_seq, tuple(self._memories.values()), "m")
+        if self.store_v_seq and len(x_seq):
+            spikes, states = self._every_membrane(x_seq, states)
+        else:
+            (spikes,), states = self.multi_step_functional_forward((x_seq,), states)
+            if self.store_v_seq:
+                self.v_seq = x_seq.new_empty(x_seq.shape, dtype=reference.state_dtype(x_seq.dtype))
         self._memories.update(zip(self._memories, states, strict=True))
-        if self.store_v_seq:
-            self.v_seq = membranes
         return spikes
 
-    def _multi_step(
-        self, x_seq: torch.Tensor, states: tuple[Any, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
-        memories = dict(zip(self._memories, states, strict=True))
-        threshold = self._threshold(x_seq, x_seq.dim() - 1)
-        dynamics = self.dynamics
-        started = dynamics.inject == "first" and memories["started"]
-        spikes, membranes = reference.multi_step(x_seq, memories["v"], threshold, dynamics, started)
-        if len(membranes):
-            memories["v"] = membranes[-1].clone()  # a view would break reset() and detach()
-        if "started" in memories:
-            memories["started"] = memories["started"] or len(x_seq) > 0
-        return spikes, membranes, tuple(memories.values())
+    def _every_membrane(self, x_seq: torch.Tensor, states: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """Step by step, to keep the membrane after each in ``v_seq``."""
+        steps, membranes = [], []
+        for x in x_seq.unbind(0):
+            (spikes,), states = self.single_step_functional_forward((x,), states)
+            steps.append(spikes)
+            membranes.append(states[0])
+        self.v_seq = torch.stack(membranes)
+        return torch.stack(steps), states
 
     def _threshold(self, x: torch.Tensor, frame_dims: int) -> torch.Tensor:
         """V in the state's type, shaped to broadcast over a frame [N, *] of ``frame_dims`` axes."""

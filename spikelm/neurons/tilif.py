@@ -9,7 +9,7 @@ from torch import nn
 
 from spikelm.errors import SpikelmError
 from spikelm.neurons.base import DynamicsNode, check_beta, check_count
-from spikelm.ops import reference
+from spikelm.ops import multistep, reference
 from spikelm.ops.dynamics import Compensation, Dynamics
 
 
@@ -92,18 +92,23 @@ class TILIF(DynamicsNode):
             sgc_weight=self.sgc_weight,
         )
 
-    def encode_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The spikes of one step from v = 0, the paper's form: shape and dtype of x. Leaves the membrane alone."""
+    def encode_sum(self, x: torch.Tensor, spike_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The spikes of one step from v = 0, the paper's form: shape and dtype of x, or torch.int8 without gradient.
+
+        Leaves the membrane alone.
+        """
         self._check_input(x, x.shape)
-        h = x.to(reference.state_dtype(x.dtype))
-        return reference.fire(h / self._threshold(x, x.dim()), self.dynamics).to(x.dtype)
+        return self._one_step(x, self._current_dynamics(), spike_dtype)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The D ternary frames whose sum is ``encode_sum(x)``: [D, *x.shape] in x's dtype, without gradient."""
         self._check_input(x, x.shape)
-        h = x.detach().to(reference.state_dtype(x.dtype))
-        spikes = reference.fire(h / self._threshold(x, x.dim()), Dynamics(fire="integer", levels=self.D))
-        return self._frames(spikes.detach()).to(x.dtype)
+        wide = x.detach().to(reference.state_dtype(x.dtype))  # 16 bits do not hold every integer
+        return self._frames(self._one_step(wide, Dynamics(fire="integer", levels=self.D), None).detach()).to(x.dtype)
+
+    def _one_step(self, x: torch.Tensor, dynamics: Dynamics, spike_dtype: torch.dtype | None) -> torch.Tensor:
+        threshold = self._threshold(x, x.dim())
+        return multistep.encode_sum(x, threshold, dynamics, 1, 1.0, spike_dtype=spike_dtype, backend=self.backend)
 
     def to_ternary(self, spikes: torch.Tensor) -> torch.Tensor:
         """Spikes [*] in -D..D as D frames [D, *]: frame i (from 1) is sign(s) where \\|s\\| >= i. No gradient.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 
 from spikelm.errors import SpikelmError
+from spikelm.ops.kernel import Kernel, kernel_of
 from spikelm.ops.surrogate import check_surrogate
 
 Fire = Literal["binary", "ternary", "integer"]
@@ -40,6 +41,9 @@ class Dynamics:
         detach_reset: no gradient through the spike in the reset.
         sgc: for integer firing, mixes in g(x) = levels tanh(x / levels) with ``sgc_weight``, into
             the derivative alone ("gradient") or into the spike itself ("blend").
+
+    Attributes:
+        kernel: what computes it quickly, with the surrogate as it is now, or why nothing does.
     """
 
     fire: Fire
@@ -53,6 +57,7 @@ class Dynamics:
     alpha: float = 1.0
     sgc: Compensation | None = None
     sgc_weight: float = 0.0
+    kernel: Kernel | str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         choices = {"fire": Fire, "reset": Reset, "inject": Inject, "sgc": Compensation}
@@ -72,6 +77,7 @@ class Dynamics:
             raise SpikelmError(f"levels must be an integer >= 1; got {self.levels!r}")
         if self.fire != "integer":
             check_surrogate(self.surrogate_function)
+        object.__setattr__(self, "kernel", kernel_of(self))
 
 
 def _is_number(value: object) -> bool:

@@ -1,89 +1,233 @@
-"""Multi-step operations on tensors: the quick path where there is one, the reference everywhere else."""
+"""Multi-step operations on tensors: a kernel where there is one, the reference (ops/reference.py) elsewhere.
+
+x = torch.randn(4, 1024)
+spikes, v = multi_step(x, None, torch.tensor(1.0), Dynamics("ternary", surrogate.ATan()))
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from spikelm.errors import warn_once
-from spikelm.ops import reference
+from spikelm.cpu import module as cpu_module
+from spikelm.errors import SpikelmError, warn_once
+from spikelm.ops import operators, reference
 from spikelm.ops.dynamics import Dynamics
-from spikelm.ops.surrogate import derivative_of
+from spikelm.ops.kernel import Kernel
+
+BACKENDS = ("auto", "torch", "cpu", "cupy")
+_DEVICES = {"cpu": "cpu", "cuda": "cupy"}
+_default = "auto"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, ``name`` takes the place of every backend "auto"; a backend named on a module or in a call stays.
+
+    For the whole process, not a thread. Raises SpikelmError for an unknown name.
+    """
+    global _default
+    check_backend(name)
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def check_backend(name: str) -> None:
+    """Raises SpikelmError unless ``name`` is one of BACKENDS."""
+    if name not in BACKENDS:
+        raise SpikelmError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+
+
+def unavailable(backend: str) -> str | None:
+    """Why the backend "cpu" or "cupy" cannot run here, with what helps; None where it can. Of "torch" always None."""
+    if backend == "cpu":
+        return cpu_module.unavailable()
+    if backend == "cupy":
+        from spikelm.cuda import module as cuda_module
+
+        return cuda_module.unavailable()
+    return None
+
+
+def multi_step(
+    x_seq: torch.Tensor,
+    v: torch.Tensor | None,
+    threshold: torch.Tensor,
+    dynamics: Dynamics,
+    *,
+    start: float = 0.0,
+    started: bool = False,
+    keep_state: bool = True,
+    spike_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All steps of x_seq [T, N, *]; what is computed is :func:`spikelm.ops.reference.multi_step`.
+
+    Args:
+        v: membrane [N, *] before them in the state's type (float32; float64 for float64 input), or None: ``start``.
+        threshold: V > 0 in the state's type, broadcasting over [N, *].
+        started: with inject "first", x does not enter.
+        keep_state: whether the last membrane is wanted.
+        spike_dtype: None, x_seq's; or torch.int8, without gradient.
+        backend: one of BACKENDS; "auto" is the kernel of x_seq's device, or the reference with one warning.
+
+    Returns:
+        Spikes [T, N, *], and the last membrane [N, *] or None. Only x_seq (and v) are saved for the backward.
+    """
+    shape = x_seq.shape
+    _check(x_seq, shape[1:], v, threshold)
+    dtype = _spike_dtype(x_seq, spike_dtype, dynamics.levels)
+    kernel = _choose(x_seq, threshold, dynamics, dtype, backend)
+    if kernel is None or x_seq.numel() == 0:
+        state = reference.state_dtype(x_seq.dtype)
+        before = x_seq.new_full(x_seq.shape[1:], start, dtype=state) if v is None else v
+        spikes, membranes = reference.multi_step(x_seq, before, threshold, dynamics, started)
+        v_last = (membranes[-1] if len(membranes) else before).clone() if keep_state else None
+        return _converted(spikes, dtype), v_last
+    x = x_seq[0] if kernel.inject_first else x_seq
+    if kernel.inject_first and started:
+        x = x.detach()  # it gives the shape alone
+    return operators.multi_step(x, v, threshold, kernel, shape[0], dtype, start, started, keep_state)
+
+
+def encode(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    dynamics: Dynamics,
+    T: int,
+    *,
+    spike_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """T frames [T, *] of a plain x [*] that enters a fresh membrane once; arguments as of :func:`multi_step`."""
+    _check(x, x.shape, None, threshold)
+    first = dynamics if dynamics.inject == "first" else dataclasses.replace(dynamics, inject="first")
+    dtype = _spike_dtype(x, spike_dtype, dynamics.levels)
+    kernel = _choose(x, threshold, first, dtype, backend)
+    if kernel is None or x.numel() == 0:
+        return _converted(torch.stack(reference.encode(x, threshold, first, T)).to(x.dtype), dtype)
+    return operators.multi_step(x, None, threshold, kernel, T, dtype, 0.0, False, False)[0]
 
 
 def encode_sum(
-    x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, T: int, frame_weight: float
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    dynamics: Dynamics,
+    T: int,
+    frame_weight: float,
+    *,
+    spike_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """sum_t frame_weight**t s_t over the T frames of x [N, *]: shape and dtype of x."""
-    derivative = derivative_of(dynamics.surrogate_function)
-    if dynamics.fire == "ternary" and dynamics.reset == "soft" and derivative is not None:
-        return _TernaryEncodeSum.apply(x, threshold, dynamics, T, frame_weight, derivative)
-    if derivative is None and getattr(dynamics.surrogate_function, "spiking", True):
-        function = dynamics.surrogate_function
-        name = getattr(function, "__qualname__", type(function).__qualname__)
-        warn_once(f"{name}: no kernel for this surrogate, the reference is used")
-    total = torch.zeros_like(x, dtype=reference.state_dtype(x.dtype))
-    for t, frame in enumerate(reference.encode(x, threshold, dynamics, T)):
-        total = total.add(frame, alpha=frame_weight**t)
-    return total.to(x.dtype)
+    """sum_t frame_weight**t s_t over the T frames of x [*]: shape and dtype of x; arguments as of :func:`multi_step`.
 
-
-class _TernaryEncodeSum(torch.autograd.Function):
-    """The reference's forward without its graph, and its gradient by hand.
-
-    With y_t = h_t / V the frames depend on y_0 = x / V alone: y_{t+1} = decay (y_t - s_t). So with g the surrogate's
-    slope at y_t, dL/dy_t = c_t + g (w_t G - c_t) [c_t alone behind a detached reset: c_t + g w_t G], c_t = decay
-    dL/dy_{t+1}, dL/dx = dL/dy_0 / V and dL/dV = -dL/dy_0 x / V^2.
+    In torch.int8 the count itself (frame_weight 1), or sum_t 2**(T - 1 - t) s_t (0.5); other weights are refused.
     """
+    _check(x, x.shape, None, threshold)
+    scale, largest = 1.0, dynamics.levels * T
+    if spike_dtype == torch.int8:
+        if frame_weight not in (1, 0.5) and T > 1:
+            raise SpikelmError(f"a sum in torch.int8 takes frame_weight 1 or 0.5; got {frame_weight}")
+        if frame_weight == 0.5 and T > 1:
+            scale, largest = 2.0 ** (T - 1), dynamics.levels * (2**T - 1)
+    dtype = _spike_dtype(x, spike_dtype, largest)
+    kernel = _choose(x, threshold, dynamics, dtype, backend)
+    if kernel is None or x.numel() == 0:
+        total = reference.encode_sum(x, threshold, dynamics, T, frame_weight)
+        return _converted(total if scale == 1 else total * scale, dtype)
+    return operators.encode_sum(x, threshold, kernel, T, dtype, float(frame_weight), scale)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        threshold: torch.Tensor,
-        dynamics: Dynamics,
-        T: int,
-        frame_weight: float,
-        derivative: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        keep = any(ctx.needs_input_grad)
-        h = x.to(reference.state_dtype(x.dtype))
-        total, kept = torch.zeros_like(h), []
-        for t in range(T):
-            if t:
-                h = h * dynamics.decay
-            y = h / threshold
-            # Comparisons written as numbers: vectorised, unlike a cast from bool, and 0 for a NaN.
-            s = torch.ge(y, 1, out=torch.empty_like(y)).sub_(torch.le(y, -1, out=torch.empty_like(y)))
-            total.add_(s, alpha=frame_weight**t)
-            if keep:
-                kept.append(y)
-            if t < T - 1:
-                h = h - s.mul_(threshold)
-        if keep:
-            ctx.save_for_backward(threshold, *kept)
-            ctx.dynamics, ctx.frame_weight, ctx.derivative = dynamics, frame_weight, derivative
-            ctx.input_dtype = x.dtype
-        return total.to(x.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        threshold, *ys = ctx.saved_tensors
-        G = gradients[0].to(ys[0].dtype)
-        carried = torch.zeros_like(G)
-        for t in range(len(ys) - 1, -1, -1):
-            slope = ctx.derivative(ys[t] - 1).add_(ctx.derivative(ys[t] + 1))
-            weighted = G * ctx.frame_weight**t
-            if not ctx.dynamics.detach_reset:
-                weighted.sub_(carried)
-            carried.addcmul_(slope, weighted)
-            if t:
-                carried.mul_(ctx.dynamics.decay)
-        at_threshold = (carried * ys[0]).neg_() if ctx.needs_input_grad[1] else None
-        if at_threshold is not None:
-            at_threshold = (at_threshold / threshold).sum_to_size(threshold.shape)
-        return (carried / threshold).to(ctx.input_dtype), at_threshold, None, None, None, None
+def _choose(
+    x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, spike_dtype: torch.dtype, backend: str
+) -> Kernel | None:
+    """The kernel to run, or None for the reference; raises if a named backend cannot run."""
+    name = _default if backend == "auto" else backend
+    device = x.device.type
+    if name == "torch" or device == "meta":
+        return None
+    natural = _DEVICES.get(device)
+    if name not in ("auto", natural):
+        check_backend(name)
+        on = next(device for device, backend in _DEVICES.items() if backend == name)
+        reason = unavailable(name)
+        besides = "" if reason is None else f". Besides, {reason}"
+        raise SpikelmError(f"backend {name!r} takes tensors on a {on} device; got one on {x.device}{besides}")
+    kernel = dynamics.kernel
+    if natural is None:
+        reason = f"no kernel for tensors on {x.device}"
+    elif isinstance(kernel, str):
+        reason = kernel
+    elif threshold.numel() > 1 and threshold.numel() not in threshold.shape:
+        reason = f"no kernel for a threshold over several axes, {tuple(threshold.shape)}"
+    else:
+        reason = _refused(natural, kernel.definitions, x.dtype, spike_dtype)
+        if reason is None:
+            return kernel
+    if name == "auto":
+        warn_once(f"{reason}; the reference is used")
+        return None
+    raise SpikelmError(reason if reason.startswith("backend ") else f"backend {name!r}: {reason}")
+
+
+@torch.compiler.assume_constant_result
+def _refused(backend: str, definitions: str, io: torch.dtype, spike: torch.dtype) -> str | None:
+    """Why this specialisation cannot run; builds it if need be."""
+    key = (backend, definitions, io, spike)
+    if key not in _KNOWN:
+        _KNOWN[key] = _build(*key)
+    return _KNOWN[key]
+
+
+_KNOWN: dict[tuple[str, str, torch.dtype, torch.dtype], str | None] = {}
+
+
+def _build(backend: str, definitions: str, io: torch.dtype, spike: torch.dtype) -> str | None:
+    if io not in cpu_module.STORAGE:
+        return f"no kernel for {io}"
+    if backend == "cupy":  # compiled at the first launch, which knows T
+        return unavailable(backend)
+    try:
+        cpu_module.functions(definitions, io, spike)
+    except SpikelmError as error:
+        return str(error)
+    return None
+
+
+def _check(x: torch.Tensor, frame: torch.Size, v: torch.Tensor | None, threshold: torch.Tensor) -> None:
+    """A kernel takes shapes and types on trust."""
+    if not x.is_floating_point():
+        raise SpikelmError(f"x must be a floating-point tensor; got {x.dtype}")
+    state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if threshold.dtype != state or threshold.device != x.device:
+        raise SpikelmError(
+            f"threshold must be {state} on {x.device} for x of {x.dtype}; got {threshold.dtype} on {threshold.device}"
+        )
+    sizes = threshold.shape
+    if len(sizes) > len(frame) or any(size not in (1, at) for size, at in zip(sizes[::-1], frame[::-1], strict=False)):
+        raise SpikelmError(f"threshold must broadcast over frames {tuple(frame)}; got shape {tuple(threshold.shape)}")
+    if v is not None and (v.shape != frame or v.dtype != state or v.device != x.device):
+        raise SpikelmError(
+            f"v must be {state} of shape {tuple(frame)} on {x.device}; "
+            f"got {v.dtype} of shape {tuple(v.shape)} on {v.device}"
+        )
+
+
+def _spike_dtype(x: torch.Tensor, dtype: torch.dtype | None, largest: int) -> torch.dtype:
+    if dtype is None or dtype == x.dtype:
+        return x.dtype
+    if dtype != torch.int8:
+        raise SpikelmError(f"spike_dtype must be None, {x.dtype} (the input's) or torch.int8; got {dtype}")
+    if largest > 127:
+        raise SpikelmError(f"torch.int8 holds up to 127; these spikes reach {largest}")
+    return dtype
+
+
+def _converted(spikes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return spikes if spikes.dtype == dtype else spikes.detach().to(dtype)

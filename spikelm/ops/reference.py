@@ -124,3 +124,13 @@ def encode(x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, T: int)
         s, v = step(x.to(v.dtype) if t == 0 else None, v, threshold, dynamics)
         frames.append(s)
     return frames
+
+
+def encode_sum(
+    x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, T: int, frame_weight: float
+) -> torch.Tensor:
+    """sum_t frame_weight**t s_t over the frames of :func:`encode`; shape and dtype of x."""
+    total = torch.zeros_like(x, dtype=state_dtype(x.dtype))
+    for t, frame in enumerate(encode(x, threshold, dynamics, T)):
+        total = total + frame_weight**t * frame
+    return total.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The step that fires with a surrogate's gradient, which surrogates are taken, and which have a closed derivative."""
+"""The step that fires with a surrogate's gradient, which surrogates are taken, and which have a kernel."""
 
 from __future__ import annotations
 
@@ -37,14 +37,53 @@ def check_surrogate(function: Any) -> None:
         raise SpikelmError(f"surrogate_function must stand for a step from 0 to 1; {function} draws at random")
 
 
-def atan_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(alpha / 2) / (1 + (pi/2 alpha x)^2), the derivative of SpikingJelly's ATan."""
-    return (x * (math.pi / 2 * alpha)).square_().add_(1).reciprocal_().mul_(alpha / 2)
+def kernel_surrogate(function: Any) -> tuple[str, float, float] | None:
+    """The derivative's shape in cuda/steps.cuh, its scale and its alpha; None for one that has no kernel.
+
+    Known are SpikingJelly's ATan, Sigmoid, SoftSign, SuperSpike, PiecewiseQuadratic, PiecewiseExp, Erf and Rect with
+    ``spiking=True``, and snnTorch's atan, sigmoid, fast_sigmoid and straight_through_estimator.
+    """
+    found = _spikingjelly(function) or _snntorch(function)
+    if found is None or not all(isinstance(number, float) and number == number for number in found[1:]):
+        return None
+    return found
 
 
-def derivative_of(function: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The derivative that a spiking surrogate uses at x, out of place; None for one that is not listed."""
-    if type(function) is surrogate.ATan and function.spiking:
-        alpha = float(function.alpha)
-        return lambda x: atan_derivative(x, alpha)
-    return None
+def _spikingjelly(function: Any) -> tuple[str, float, float] | None:
+    name, alpha = type(function).__name__, getattr(function, "alpha", None)
+    if type(function) is not getattr(surrogate, name, None) or not function.spiking:
+        return None  # no class of SpikingJelly's, a subclass, or its smooth primitive
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        return None
+    shapes = {
+        "ATan": ("ATAN", alpha / 2, math.pi / 2 * alpha),
+        "Sigmoid": ("SIGMOID", float(alpha), float(alpha)),
+        "SoftSign": ("INVERSE_SQUARE", alpha / 2, float(alpha)),
+        "SuperSpike": ("INVERSE_SQUARE", float(alpha), 1.0),
+        "PiecewiseQuadratic": ("TRIANGLE", float(alpha), float(alpha)),
+        "PiecewiseExp": ("EXPONENTIAL", alpha / 2, float(alpha)),
+        "Erf": ("GAUSSIAN", alpha / math.sqrt(math.pi), float(alpha)),
+        "Rect": ("RECTANGLE", float(alpha), 0.5 / alpha),
+    }
+    return shapes.get(name)
+
+
+def _snntorch(function: Any) -> tuple[str, float, float] | None:
+    """snnTorch's surrogates are closures over their one parameter."""
+    name = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner")
+    if getattr(function, "__module__", None) != "snntorch.surrogate":
+        return None
+    if name == "straight_through_estimator":
+        return "RECTANGLE", 1.0, math.inf
+    cells: tuple[Any, ...] = function.__closure__ or ()
+    if len(cells) != 1 or isinstance(cells[0].cell_contents, bool):
+        return None
+    slope = cells[0].cell_contents
+    if not isinstance(slope, (int, float)) or not 0 < slope < math.inf:
+        return None
+    shapes = {
+        "atan": ("ATAN", slope / 2, math.pi / 2 * slope),
+        "sigmoid": ("SIGMOID", float(slope), float(slope)),
+        "fast_sigmoid": ("INVERSE_SQUARE", 1.0, float(slope)),
+    }
+    return shapes.get(name)

@@ -177,7 +177,7 @@ def test_set_backend(name: str) -> None:
     net = network(name)
     set_backend(net, "torch")
     assert [net[i].backend for i in (1, 3)] == ["torch", "torch"]
-    with pytest.raises(SpikelmError, match="backend must be one of auto, torch; got 'nothing'"):
+    with pytest.raises(SpikelmError, match="backend must be one of auto, torch, cpu, cupy; got 'nothing'"):
         set_backend(net, "nothing")
     assert [net[i].backend for i in (1, 3)] == ["torch", "torch"]
     with pytest.raises(SpikelmError, match="holds no spikelm neuron"):
@@ -188,7 +188,7 @@ def test_set_backend(name: str) -> None:
 @every_neuron
 def test_set_backend_of_spikingjelly(name: str, caplog: pytest.LogCaptureFixture) -> None:
     net = network(name)
-    assert set(net[1].supported_backends) == {"auto", "torch"}
+    assert set(net[1].supported_backends) == {"auto", "torch", "cpu", "cupy"}
     functional.set_backend(net, "torch", instance=DynamicsNode)
     assert [net[i].backend for i in (1, 3)] == ["torch", "torch"]
     with caplog.at_level(logging.WARNING):

@@ -201,7 +201,7 @@ def test_the_evaluation_graph_holds_no_compensation(sgc: str) -> None:
         return neuron(x), neuron.encode_sum(x[0])
 
     x = sample(2, 8)
-    neuron.step_mode = "m"
+    neuron.step_mode, neuron.backend = "m", "torch"
     assert "tanh" in operations(forward_and_backward, x)
     assert ("tanh" in operations(forward, x)) == (sgc == "blend")
     neuron.eval()

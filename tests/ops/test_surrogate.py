@@ -8,7 +8,10 @@ import snntorch
 import torch
 from spikingjelly.activation_based import surrogate
 
-from spikelm.ops.surrogate import atan_derivative, derivative_of, heaviside
+from spikelm.ops.dynamics import Dynamics
+from spikelm.ops.kernel import Kernel, kernel_of
+from spikelm.ops.surrogate import heaviside, kernel_surrogate
+from tests.kernel_cases import Steps
 
 
 def identity(x: torch.Tensor) -> torch.Tensor:
@@ -78,20 +81,154 @@ def test_a_callable_that_is_large_leaves_the_spikes_whole() -> None:
     assert torch.autograd.grad(spikes.sum(), x)[0].tolist() == [1e6, 1e6]
 
 
-@pytest.mark.parametrize("alpha", [0.5, 2.0, 5.0])
-def test_the_closed_derivative_of_atan(alpha: float) -> None:
-    x = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)
-    before = x.detach().clone()
-    primitive = surrogate.ATan(alpha=alpha, spiking=False)
-    (slope,) = torch.autograd.grad(primitive(x).sum(), x)
-    torch.testing.assert_close(atan_derivative(x.detach(), alpha), slope)
-    torch.testing.assert_close(derivative_of(surrogate.ATan(alpha=alpha))(x.detach()), slope)
-    assert torch.equal(x.detach(), before)  # out of place
+# ---- which have a kernel
+
+HAVE = ("ATan", "Sigmoid", "SoftSign", "SuperSpike", "PiecewiseQuadratic", "PiecewiseExp", "Erf", "Rect")
+OF_SPIKINGJELLY = [name for name in HAVE if hasattr(surrogate, name)]  # the older release has no SuperSpike and Rect
+OF_SNNTORCH = ["atan", "sigmoid", "fast_sigmoid"]
+KNOWN = {
+    f"{name}-{alpha}": getattr(surrogate, name)(alpha=alpha) for name in OF_SPIKINGJELLY for alpha in (0.3, 1.0, 5)
+}
+# snnTorch multiplies its slope in float32.
+KNOWN |= {
+    f"{name}-{slope}": getattr(snntorch.surrogate, name)(slope) for name in OF_SNNTORCH for slope in (0.25, 2, 25)
+}
+KNOWN["straight_through_estimator"] = snntorch.surrogate.straight_through_estimator()
 
 
-def test_only_the_class_itself_has_a_closed_derivative() -> None:
-    class Other(surrogate.ATan):
-        """May have another derivative."""
+@pytest.mark.parametrize("function", KNOWN.values(), ids=KNOWN)
+def test_the_kernels_derivative_is_the_surrogates(function: Callable) -> None:
+    """The formula of steps.cuh, with the shape and the numbers given to it, against autograd of the real one."""
+    kernel = kernel_of(Dynamics("binary", function))
+    assert isinstance(kernel, Kernel)
+    corners = [sign * corner for sign in (1, -1) for corner in (0.0, 0.1, 0.2, 0.5, 1.0, 5 / 3, 10 / 3, 40.0)]
+    x = torch.cat([torch.linspace(-6, 6, 2001), torch.tensor(corners)]).double().requires_grad_()
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    found = Steps(kernel, x.detach()).derivative(x.detach())
+    overflown = expected.isnan()  # snnTorch's sigmoid far below the threshold, where its exp is infinite
+    assert not overflown.any() or bool((x[overflown] * 25 < -700).all())
+    torch.testing.assert_close(found[~overflown], expected[~overflown], rtol=1e-12, atol=1e-15)
 
-    for function in (Other(alpha=2.0), surrogate.ATan(alpha=2.0, spiking=False), snntorch.surrogate.atan(), None):
-        assert derivative_of(function) is None
+
+def test_the_shapes() -> None:
+    assert kernel_surrogate(surrogate.ATan(alpha=2.0)) == ("ATAN", 1.0, math.pi)
+    assert kernel_surrogate(snntorch.surrogate.fast_sigmoid(slope=25)) == ("INVERSE_SQUARE", 1.0, 25.0)
+    shapes = {name.split("-")[0]: found[0] for name, function in KNOWN.items() if (found := kernel_surrogate(function))}
+    assert shapes == {
+        "ATan": "ATAN",
+        "Sigmoid": "SIGMOID",
+        "SoftSign": "INVERSE_SQUARE",
+        "PiecewiseQuadratic": "TRIANGLE",
+        "PiecewiseExp": "EXPONENTIAL",
+        "Erf": "GAUSSIAN",
+        "atan": "ATAN",
+        "sigmoid": "SIGMOID",
+        "fast_sigmoid": "INVERSE_SQUARE",
+        "straight_through_estimator": "RECTANGLE",
+    } | {
+        name: shape
+        for name, shape in (("SuperSpike", "INVERSE_SQUARE"), ("Rect", "RECTANGLE"))
+        if name in OF_SPIKINGJELLY
+    }
+
+
+def test_every_number_is_a_float() -> None:
+    """Whatever the parameter was; the kernel's arguments are doubles."""
+    for function in KNOWN.values():
+        found = kernel_surrogate(function)
+        assert found is not None
+        assert [type(number) for number in found[1:]] == [float, float]
+
+
+class Subclass(surrogate.ATan):
+    """May have another derivative."""
+
+
+class Stranger(torch.nn.Module):
+    """Has the name and the parameters of a known class only."""
+
+    spiking, alpha = True, 2.0
+
+
+Stranger.__name__ = "ATan"
+
+
+def own_closure(slope: float) -> Callable:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return slope * x
+
+    return inner
+
+
+def disguised(name: str, *cells: object) -> Callable:
+    """A function that calls itself one of snnTorch's, closing over ``cells``."""
+    first, *rest = cells or (None,)
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x * bool(first) if not rest else x * len((first, rest))
+
+    inner.__qualname__, inner.__module__ = f"{name}.<locals>.inner", "snntorch.surrogate"
+    return inner
+
+
+def with_alpha(alpha: object) -> torch.nn.Module:
+    function = surrogate.ATan(alpha=2.0)
+    function.alpha = alpha
+    return function
+
+
+UNKNOWN = {
+    "None": None,
+    "a function": identity,
+    "one's own closure": own_closure(25.0),
+    "a subclass": Subclass(alpha=2.0),
+    "a class of the same name": Stranger(),
+    "a primitive": surrogate.ATan(alpha=2.0, spiking=False),
+    "a tensor": with_alpha(torch.tensor(2.0)),
+    "a parameter": with_alpha(torch.nn.Parameter(torch.tensor(2.0))),
+    "a flag": with_alpha(True),
+    "zero": with_alpha(0.0),
+    "a negative number": with_alpha(-1.0),
+    "infinity": with_alpha(math.inf),
+    "NaN": with_alpha(math.nan),
+    "no number": with_alpha("2"),
+    "a slope that is a tensor": snntorch.surrogate.atan(alpha=torch.tensor(2.0)),
+    "a slope that is a flag": snntorch.surrogate.atan(alpha=True),
+    "a negative slope": snntorch.surrogate.fast_sigmoid(slope=-25),
+    "two cells": disguised("atan", 1.0, 2.0),
+    "another of snnTorch's": disguised("something_new", 1.0),
+}
+UNKNOWN |= {
+    name: getattr(surrogate, name)()
+    for name in ("NonzeroSignLogAbs", "PiecewiseLeakyReLU", "SquarewaveFourierSeries", "S2NN", "QPseudoSpike",
+                 "LeakyKReLU", "FakeNumericalGradient", "LogTailedReLU", "DeterministicPass", "PoissonPass")
+    if hasattr(surrogate, name)
+}  # fmt: skip
+UNKNOWN |= {
+    name: getattr(snntorch.surrogate, name)() for name in ("triangular", "spike_rate_escape", "LSO", "SFS", "SSO")
+}
+
+
+@pytest.mark.parametrize("function", UNKNOWN.values(), ids=UNKNOWN)
+def test_all_others_have_none(function: object) -> None:
+    assert kernel_surrogate(function) is None
+
+
+def test_every_class_of_spikingjelly_is_in_one_of_the_lists() -> None:
+    """A new one is looked at once before it is left to the reference."""
+    bases = {"SurrogateFunctionBase", "MultiArgsSurrogateFunctionBase", "MultiLevelSpikeCount"}  # the last is refused
+    classes = {
+        name
+        for name, found in vars(surrogate).items()
+        if isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__ == surrogate.__name__
+    }
+    assert classes - bases == set(OF_SPIKINGJELLY) | (set(UNKNOWN) & classes)
+
+
+def test_it_looks_at_the_surrogate_as_it_is_now() -> None:
+    function = surrogate.ATan(alpha=2.0)
+    function.set_spiking_mode(False)
+    assert kernel_surrogate(function) is None
+    function.set_spiking_mode(True)
+    function.alpha = 4.0
+    assert kernel_surrogate(function) == ("ATAN", 2.0, 2 * math.pi)

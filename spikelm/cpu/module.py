@@ -1,0 +1,155 @@
+"""Builds and loads the CPU kernels: one shared library per specialisation, on first use, cached on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from spikelm.errors import SpikelmError
+
+FUNCTIONS = ("forward", "forward_sum", "backward", "backward_sum")
+STORAGE = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.float16: "half_t",
+    torch.bfloat16: "bf16_t",
+    torch.int8: "signed char",
+}
+# No -ffast-math: NaN and the order of additions are part of the definition, and so is the lack of FMA.
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
+
+Functions = dict[str, Callable[[bytes], int]]
+_LOADED: dict[tuple[str, torch.dtype, torch.dtype], Functions] = {}
+_FAILED: dict[tuple[str, torch.dtype, torch.dtype], str] = {}
+
+
+def cache_directory() -> Path:
+    """Where built kernels are kept: $SPIKELM_CACHE, else ~/.cache/spikelm."""
+    return Path(os.environ.get("SPIKELM_CACHE") or Path.home() / ".cache" / "spikelm")
+
+
+@cache
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, else the first of c++, g++, clang++ on the PATH; None if there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def unavailable() -> str | None:
+    """Why no CPU kernel can be built, with what helps; None where one can."""
+    if compiler() is not None:
+        return None
+    if os.environ.get("CXX"):
+        return f"the C++ compiler of the environment variable CXX, {os.environ['CXX']}, was not found"
+    return "no C++ compiler was found (c++, g++, clang++); install one, such as Debian's package g++"
+
+
+def functions(definitions: str, io: torch.dtype, spike: torch.dtype) -> Functions:
+    """The four functions of one specialisation, each taking a packed struct Arguments and returning 0.
+
+    Raises:
+        SpikelmError: no compiler, or it failed; remembered, so that it is not tried again in this process.
+    """
+    key = (definitions, io, spike)
+    found = _LOADED.get(key)
+    if found is None:
+        if key in _FAILED:
+            raise SpikelmError(_FAILED[key])
+        try:
+            found = _LOADED[key] = _load(build(source(*key)))
+        except SpikelmError as error:
+            _FAILED[key] = str(error)
+            raise
+    return found
+
+
+def source(definitions: str, io: torch.dtype, spike: torch.dtype) -> str:
+    """The text of one specialisation, its own headers included."""
+    folder = Path(__file__).parent
+    types = {"IO_T": STORAGE[io], "SPIKE_T": STORAGE[spike], "STATE_T": "double" if io == torch.float64 else "float"}
+    lines = "".join(f"#define {name} {value}\n" for name, value in types.items())
+    text = (folder / "tiles.cpp").read_text()
+    for path in (folder / "lanes.hpp", folder.parent / "cuda" / "steps.cuh"):
+        text = text.replace(f'#include "{path.name}"\n', path.read_text())
+    return definitions + lines + text
+
+
+def build(text: str) -> Path:
+    """Compiles a source into the cache, unless it is there, and returns the library's path.
+
+    A file lock lets one of several processes build. $SPIKELM_MARCH names another target than "native".
+    """
+    program = compiler()
+    if program is None:
+        raise SpikelmError(f"backend 'cpu': {unavailable()}")
+    command = [program, *FLAGS, f"-march={os.environ.get('SPIKELM_MARCH', 'native')}"]
+    key = hashlib.sha256("\0".join([text, *command, _version(program), _processor()]).encode()).hexdigest()[:32]
+    folder = cache_directory() / "cpu"
+    library = folder / f"{key}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                _compile(command, text, library)
+    except OSError as error:
+        raise SpikelmError(
+            f"backend 'cpu': cannot write kernels to {folder} ({error}); set SPIKELM_CACHE to a writable directory"
+        ) from error
+    return library
+
+
+def _compile(command: list[str], text: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+        path = Path(temporary) / "kernel.cpp"
+        path.write_text(text)
+        done = subprocess.run([*command, str(path), "-o", f"{temporary}/kernel.so"], capture_output=True, text=True)
+        if done.returncode:
+            said = "\n".join(line for line in done.stderr.splitlines() if "error" in line)[:2000] or done.stderr[-2000:]
+            raise SpikelmError(f"backend 'cpu': {command[0]} failed with {done.returncode}:\n{said}")
+        os.replace(f"{temporary}/kernel.so", library)
+
+
+def _load(library: Path) -> Functions:
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise SpikelmError(f"backend 'cpu': {library} cannot be loaded, delete it to build it anew: {error}") from error
+    found: Functions = {}
+    for name in FUNCTIONS:
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        found[name] = function
+    return found
+
+
+@cache
+def _version(program: str) -> str:
+    try:
+        return subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise SpikelmError(f"backend 'cpu': the C++ compiler {program} cannot be run ({error})") from error
+
+
+@cache
+def _processor() -> str:
+    """What -march=native stands for: kernels in a shared home must not reach another processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    telling = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(telling)}))
