@@ -141,7 +141,7 @@ def most_neurons(name: str, io: torch.dtype, T: int) -> int:
     most = 16 // io.itemsize
     if name.startswith("BACKWARD"):
         return max(1, min(most, _BYTES_KEPT // (T * max(io.itemsize, 4)))) if T <= _MOST_UNROLLED else 1
-    return most if T > _MOST_UNROLLED else min(most, _BYTES_LOADED // (T * io.itemsize))
+    return min(most, _BYTES_LOADED // (T * io.itemsize)) if name == "FORWARD" and T <= _MOST_UNROLLED else most
 
 
 def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -44,9 +44,9 @@ def unavailable() -> str | None:
         return f"torch sees no CUDA device: there is none, or its driver is missing or older than CUDA {wanted}"
     try:
         cupy = importlib.import_module("cupy")
-    except ModuleNotFoundError:
-        return f"CuPy is not installed: pip install {package}"
-    except Exception as error:
+    except Exception as error:  # a library that it needs, numpy or Python itself may not suit it
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            return f"CuPy is not installed: pip install {package}"
         return f"CuPy cannot be imported ({_first_line(error)}): pip install --force-reinstall {package}"
     runtime, nvrtc = cupy.cuda.runtime, cupy.cuda.nvrtc
     found = runtime.runtimeGetVersion() // 1000
