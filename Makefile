@@ -1,4 +1,4 @@
-# make test | test-legacy | demo | lint | clean: each sets up .venv itself at the first call and reuses it afterwards.
+# make test | test-legacy | demo | bench | lint | clean: each sets up .venv itself at the first call and reuses it afterwards.
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv; Python 3.11 or newer.
 
 MINIMUM := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -15,7 +15,7 @@ LEGACY := .venv/spikingjelly-$(LEGACY_VERSION)
 export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: test test-legacy demo lint clean
+.PHONY: test test-legacy demo bench lint clean
 
 test: lint
 	$(BIN)/python -m pytest
@@ -27,6 +27,11 @@ test-legacy: $(LEGACY)/.ready
 
 demo: $(READY)
 	$(BIN)/python examples/mar/train.py --preset demo output_dir=runs/demo
+
+# The neurons against their peers: single calls, then everything that docs/benchmarks.md shows (ten minutes, no other load).
+bench: .venv/.ready-bench
+	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m pytest benchmarks/test_neurons.py --benchmark-columns=median,iqr,rounds
+	$(BIN)/python benchmarks/compare.py --output runs/comparison.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,6 +50,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[hf,test]'
 	$(PIP) install -c constraints.txt --no-deps spikingjelly
+	@touch $@
+
+.venv/.ready-bench: $(READY)
+	$(PIP) install -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(LEGACY)/.ready: | $(READY)

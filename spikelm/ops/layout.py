@@ -12,7 +12,8 @@ import torch
 
 from spikelm.ops.kernel import Kernel
 
-_ARGUMENTS = struct.Struct("=11Q22q9d")  # struct Arguments of cuda/steps.cuh
+# struct Arguments of cuda/steps.cuh: up to T, from frame to grad_strides, from channels on.
+_POINTERS, _PLACES, _NUMBERS = struct.Struct("=11Qq"), struct.Struct("=17q"), struct.Struct("=4q9d")
 _MOST_AXES = 4
 _NO_AXES = (0,) * _MOST_AXES
 
@@ -29,18 +30,25 @@ class Rows(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
 
 
-class Read(NamedTuple):
-    """What a kernel reads through strides, and how: keep it until the kernel has run, since a copy lives here.
+class Places(NamedTuple):
+    """Where the elements of x and of the spikes' gradient lie: ``rows`` of each step, and the strides of the step.
 
-    ``numbers`` are the members from ``frame`` to ``grad_strides`` of struct Arguments.
+    ``packed`` has struct Arguments' members from ``frame`` to ``grad_strides``.
     """
 
-    x: torch.Tensor
-    grad_spikes: torch.Tensor | None
-    numbers: tuple[int, ...]
+    frame: int
     x_step: int
     grad_step: int
     rows: Rows
+    packed: bytes
+
+
+class Read(NamedTuple):
+    """What a kernel reads through strides; keep it until the kernel has run, since a copy lives here."""
+
+    x: torch.Tensor
+    grad_spikes: torch.Tensor | None
+    places: Places
 
 
 @lru_cache(maxsize=4096)
@@ -66,9 +74,13 @@ def rows_of(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Rows | None:
     return Rows(length, math.prod(axis[0] for axis in outer), sizes, tuple(steps_of))
 
 
-@lru_cache(maxsize=4096)
 def channels_of(threshold_shape: tuple[int, ...], frame_shape: tuple[int, ...]) -> tuple[int, int]:
     """(channels, inner) of a threshold that broadcasts over a frame: element i has threshold (i / inner) % channels."""
+    return _channels_of(threshold_shape, frame_shape) if threshold_shape else (1, 1)
+
+
+@lru_cache(maxsize=4096)
+def _channels_of(threshold_shape: tuple[int, ...], frame_shape: tuple[int, ...]) -> tuple[int, int]:
     behind = list(threshold_shape)
     while behind and behind[0] == 1:
         behind.pop(0)
@@ -83,7 +95,7 @@ def read(x: torch.Tensor, grad_spikes: torch.Tensor | None, single: bool, single
     Copies a tensor only if its last axis is not dense or its axes do not merge to four.
     """
     if x.is_contiguous() and (grad_spikes is None or grad_spikes.is_contiguous()):
-        return Read(x, grad_spikes, *_one_row(x.numel() if single else x.numel() // x.shape[0]))
+        return Read(x, grad_spikes, _one_row(x.numel() if single else x.numel() // x.shape[0]))
     shape = x.shape if single else x.shape[1:]
     x_step, x_strides = _strides(x, single)
     if rows_of(shape, x_strides) is None:
@@ -91,24 +103,25 @@ def read(x: torch.Tensor, grad_spikes: torch.Tensor | None, single: bool, single
     if grad_spikes is None:
         rows = rows_of(shape, x_strides, x_strides)
         assert rows is not None
-        return Read(x, None, *_members(rows, x_step, 0))
+        return Read(x, None, _places(rows, x_step, 0))
     grad_step, grad_strides = _strides(grad_spikes, single_grad)
     rows = rows_of(shape, x_strides, grad_strides)
     if rows is not None:
-        return Read(x, grad_spikes, *_members(rows, x_step, grad_step))
+        return Read(x, grad_spikes, _places(rows, x_step, grad_step))
     if not grad_spikes.is_contiguous():
         return read(x, grad_spikes.contiguous(), single, single_grad)
     return read(x.contiguous(), grad_spikes, single, single_grad)
 
 
 @lru_cache(maxsize=4096)
-def _one_row(count: int) -> tuple[tuple[int, ...], int, int, Rows]:
-    return _members(Rows(count, 1, _NO_AXES, (_NO_AXES, _NO_AXES)), count, count)
+def _one_row(count: int) -> Places:
+    return _places(Rows(count, 1, _NO_AXES, (_NO_AXES, _NO_AXES)), count, count)
 
 
-def _members(rows: Rows, x_step: int, grad_step: int) -> tuple[tuple[int, ...], int, int, Rows]:
-    axes = (*rows.sizes, *rows.strides[0], *rows.strides[1])
-    return (rows.length * rows.rows, x_step, grad_step, rows.length, rows.rows, *axes), x_step, grad_step, rows
+def _places(rows: Rows, x_step: int, grad_step: int) -> Places:
+    frame = rows.length * rows.rows
+    members = (frame, x_step, grad_step, rows.length, rows.rows, *rows.sizes, *rows.strides[0], *rows.strides[1])
+    return Places(frame, x_step, grad_step, rows, _PLACES.pack(*members))
 
 
 def _strides(tensor: torch.Tensor, single: bool) -> tuple[int, tuple[int, ...]]:
@@ -130,15 +143,6 @@ def pack(
 ) -> bytes:
     """struct Arguments. ``tensors`` in its order: x, v, threshold, spikes, v_last, grad_spikes, grad_v_last, grad_x,
     grad_v, grad_threshold, scratch; None is a null pointer."""
-    return _ARGUMENTS.pack(
-        *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
-        T,
-        *what.numbers,
-        *channels,
-        started,
-        threads,
-        *kernel.numbers,
-        start,
-        frame_weight,
-        sum_scale,
-    )
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    numbers = (*kernel.numbers, start, frame_weight, sum_scale)
+    return _POINTERS.pack(*pointers, T) + what.places.packed + _NUMBERS.pack(*channels, started, threads, *numbers)

@@ -149,10 +149,9 @@ def _choose(
 ) -> Kernel | None:
     """The kernel to run, or None for the reference; raises if a named backend cannot run."""
     name = _default if backend == "auto" else backend
-    device = x.device.type
-    if name == "torch" or device == "meta":
+    natural = "cpu" if x.is_cpu else _DEVICES.get(x.device.type)
+    if name == "torch" or x.is_meta:
         return None
-    natural = _DEVICES.get(device)
     if name not in ("auto", natural):
         check_backend(name)
         on = next(device for device, backend in _DEVICES.items() if backend == name)
@@ -176,15 +175,17 @@ def _choose(
     raise SpikelmError(reason if reason.startswith("backend ") else f"backend {name!r}: {reason}")
 
 
-@torch.compiler.assume_constant_result
 def _refused(backend: str, definitions: str, io: torch.dtype, spike: torch.dtype) -> str | None:
     """Why this specialisation cannot run; builds it if need be."""
     key = (backend, definitions, io, spike)
-    if key not in _KNOWN:
-        _KNOWN[key] = _build(*key)
-    return _KNOWN[key]
+    reason = _KNOWN.get(key, "")
+    if reason == "":
+        reason = _KNOWN[key] = _build(*key)
+    return reason
 
 
+# What torch.compiler.assume_constant_result sets; it would import the compiler, a second, for everyone.
+_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _KNOWN: dict[tuple[str, str, torch.dtype, torch.dtype], str | None] = {}
 
 
@@ -210,13 +211,18 @@ def _check(x: torch.Tensor, frame: torch.Size, v: torch.Tensor | None, threshold
             f"threshold must be {state} on {x.device} for x of {x.dtype}; got {threshold.dtype} on {threshold.device}"
         )
     sizes = threshold.shape
-    if len(sizes) > len(frame) or any(size not in (1, at) for size, at in zip(sizes[::-1], frame[::-1], strict=False)):
-        raise SpikelmError(f"threshold must broadcast over frames {tuple(frame)}; got shape {tuple(threshold.shape)}")
+    if sizes and not _broadcasts(sizes, frame):
+        raise SpikelmError(f"threshold must broadcast over frames {tuple(frame)}; got shape {tuple(sizes)}")
     if v is not None and (v.shape != frame or v.dtype != state or v.device != x.device):
         raise SpikelmError(
             f"v must be {state} of shape {tuple(frame)} on {x.device}; "
             f"got {v.dtype} of shape {tuple(v.shape)} on {v.device}"
         )
+
+
+def _broadcasts(sizes: torch.Size, frame: torch.Size) -> bool:
+    pairs = zip(sizes[::-1], frame[::-1], strict=False)
+    return len(sizes) <= len(frame) and all(size in (1, at) for size, at in pairs)
 
 
 def _spike_dtype(x: torch.Tensor, dtype: torch.dtype | None, largest: int) -> torch.dtype:

@@ -18,12 +18,10 @@ from spikelm.cpu import launch as cpu
 from spikelm.errors import SpikelmError
 from spikelm.ops.kernel import Kernel
 
-_CPU = torch.device("cpu")
 
-
-def launch_on(device: torch.device) -> ModuleType:
-    """The module with the four launch functions for tensors on ``device``."""
-    if device == _CPU:
+def launch_on(x: torch.Tensor) -> ModuleType:
+    """The module with the four launch functions for tensors on the device of x."""
+    if x.is_cpu:
         return cpu
     from spikelm.cuda import launch as cuda  # imports CuPy
 
@@ -49,7 +47,7 @@ def multi_step(
     rest = (T, spike_dtype, start, started, keep_state)
     if _needs_gradient(x, v, threshold) and spike_dtype == x.dtype:
         return _apply_multi_step(kernel, x, v, threshold, rest)
-    return launch_on(x.device).forward(kernel, x, v, threshold, *rest)
+    return launch_on(x).forward(kernel, x, v, threshold, *rest)
 
 
 def encode_sum(
@@ -67,7 +65,7 @@ def encode_sum(
         return operator(x, threshold, *kernel, T, spike_dtype, frame_weight, sum_scale)
     if _needs_gradient(x, None, threshold) and spike_dtype == x.dtype:
         return _apply_encode_sum(kernel, x, threshold, (T, frame_weight))
-    return launch_on(x.device).forward_sum(kernel, x, threshold, T, spike_dtype, frame_weight, sum_scale)
+    return launch_on(x).forward_sum(kernel, x, threshold, T, spike_dtype, frame_weight, sum_scale)
 
 
 def _is_transformed() -> bool:
@@ -112,16 +110,16 @@ class _MultiStep(torch.autograd.Function):
         ctx.save_for_backward(x, v, threshold)
         ctx.set_materialize_grads(False)
         ctx.kernel, ctx.rest = kernel, rest
-        return launch_on(x.device).forward(kernel, x, v, threshold, *rest)
+        return launch_on(x).forward(kernel, x, v, threshold, *rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _multi_step_once(ctx, *grads)
         x, v, threshold = ctx.saved_tensors
         T, _, start, started, _ = ctx.rest
         _, _, needs_v, needs_threshold, _ = ctx.needs_input_grad
-        found = launch_on(x.device).backward(
-            ctx.kernel, x, v, threshold, T, *grads, start, started, needs_v, needs_threshold
-        )
+        found = launch_on(x).backward(ctx.kernel, x, v, threshold, T, *grads, start, started, needs_v, needs_threshold)
         return None, *found, None
 
 
@@ -134,29 +132,22 @@ class _EncodeSum(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, threshold)
         ctx.kernel, ctx.rest = kernel, rest
-        return launch_on(x.device).forward_sum(kernel, x, threshold, rest[0], x.dtype, rest[1], 1.0)
+        return launch_on(x).forward_sum(kernel, x, threshold, rest[0], x.dtype, rest[1], 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _encode_sum_once(ctx, *grads)
         x, threshold = ctx.saved_tensors
         T, frame_weight = ctx.rest
         needs_threshold = ctx.needs_input_grad[2]
-        found = launch_on(x.device).backward_sum(ctx.kernel, x, threshold, T, grads[0], frame_weight, needs_threshold)
+        found = launch_on(x).backward_sum(ctx.kernel, x, threshold, T, grads[0], frame_weight, needs_threshold)
         return None, *found, None
 
 
-def _differentiable_once(function: type[torch.autograd.Function]) -> None:
-    """Refuses a second derivative, where a graph is asked for alone: the decorator costs as much as a small kernel."""
-    quick, guarded = function.backward, once_differentiable(function.backward)
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else quick(ctx, *grads)
-
-    function.backward = staticmethod(backward)  # type: ignore[method-assign]
-
-
-_differentiable_once(_MultiStep)
-_differentiable_once(_EncodeSum)
+# A second derivative is refused where a graph is asked for; the decorator alone costs as much as a small kernel.
+_multi_step_once = once_differentiable(_MultiStep.backward)
+_encode_sum_once = once_differentiable(_EncodeSum.backward)
 # Function.apply looks for functorch's transforms, which _is_plain has done.
 _apply_multi_step = super(torch.autograd.Function, _MultiStep).apply
 _apply_encode_sum = super(torch.autograd.Function, _EncodeSum).apply
@@ -179,7 +170,7 @@ def _multi_step_op(
     keep_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kernel = _kernel(definitions, numbers)
-    spikes, v_last = launch_on(x.device).forward(kernel, x, v, threshold, T, spike_dtype, start, started, keep_state)
+    spikes, v_last = launch_on(x).forward(kernel, x, v, threshold, T, spike_dtype, start, started, keep_state)
     return spikes, threshold.new_empty(0) if v_last is None else v_last
 
 
@@ -199,7 +190,7 @@ def _multi_step_backward_op(
     needs_threshold: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kernel = _kernel(definitions, numbers)
-    grad_x, grad_v, grad_threshold = launch_on(x.device).backward(
+    grad_x, grad_v, grad_threshold = launch_on(x).backward(
         kernel, x, v, threshold, T, grad_spikes, grad_v_last, start, started, needs_v, needs_threshold
     )
     nothing = threshold.new_empty(0)
@@ -218,7 +209,7 @@ def _encode_sum_op(
     sum_scale: float,
 ) -> torch.Tensor:
     kernel = _kernel(definitions, numbers)
-    return launch_on(x.device).forward_sum(kernel, x, threshold, T, spike_dtype, frame_weight, sum_scale)
+    return launch_on(x).forward_sum(kernel, x, threshold, T, spike_dtype, frame_weight, sum_scale)
 
 
 @torch.library.custom_op("spikelm::encode_sum_backward", mutates_args=())
@@ -233,9 +224,7 @@ def _encode_sum_backward_op(
     needs_threshold: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kernel = _kernel(definitions, numbers)
-    grad_x, grad_threshold = launch_on(x.device).backward_sum(
-        kernel, x, threshold, T, grad, frame_weight, needs_threshold
-    )
+    grad_x, grad_threshold = launch_on(x).backward_sum(kernel, x, threshold, T, grad, frame_weight, needs_threshold)
     return grad_x, threshold.new_empty(0) if grad_threshold is None else grad_threshold
 
 

@@ -14,7 +14,14 @@ def load_tables(repository: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("README.md", "mar"), ("docs/mar.md", "mar"), ("docs/digits.md", "digits")]
+    ("name", "table"),
+    [
+        ("README.md", "mar"),
+        ("docs/mar.md", "mar"),
+        ("docs/digits.md", "digits"),
+        ("docs/benchmarks.md", "cpu"),
+        ("docs/benchmarks.md", "h200"),
+    ],
 )
 def test_the_tables_are_those_of_the_results(repository: Path, name: str, table: str) -> None:
     text = (repository / name).read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from spikelm.cpu import launch, module
+from spikelm.cpu import module
+from spikelm.ops import launch
 
 _GUARD = 64  # elements on either side of every output
 
@@ -28,7 +29,7 @@ class _Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def empty(self, shape: Any, *, dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, shape: Any, *, dtype: torch.dtype, device: object = None) -> torch.Tensor:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         count = math.prod(shape)
         buffer = torch.full((count + 2 * _GUARD,), 99, dtype=dtype)

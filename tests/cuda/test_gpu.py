@@ -1,0 +1,133 @@
+"""The CUDA kernels on a GPU: the cases of the shim, and what only a GPU has."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spikelm.cuda import launch, module
+from tests.conftest import REPOSITORY
+from tests.cuda.cases import name_of, neurons, sums, ways
+from tests.cuda.checks import bits_equal, check, check_rounding, check_sum, run
+from tests.kernel_cases import Case, draw, dynamics, kernel_for
+
+pytestmark = pytest.mark.gpu
+
+PLAIN = Case(dynamics("ternary", "soft_delayed", "TRIANGLE"), frame=(600, 40), threshold=(40,), with_v=True)
+
+
+@pytest.fixture(autouse=True)
+def available() -> None:
+    """Skips the tests, saying why, where no kernel can run."""
+    reason = module.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", neurons(), ids=name_of)
+def test_every_neuron(case: Case, poisoned: None) -> None:
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize("case", ways(), ids=name_of)
+def test_every_way_through_the_driver(case: Case, poisoned: None) -> None:
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize(("case", "frame_weight"), sums(), ids=name_of)
+def test_weighted_sums(case: Case, frame_weight: float, poisoned: None) -> None:
+    check_sum(case, frame_weight, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_to_16_bits(dtype: torch.dtype) -> None:
+    check_rounding(dtype, "cuda")
+
+
+def test_spikes_in_int8(poisoned: None) -> None:
+    check(replace(PLAIN, dtype=torch.bfloat16), "cuda", torch.int8)
+
+
+def test_subnormal_numbers_are_kept() -> None:
+    x = torch.full((1, 4), 1e-40, device="cuda")
+    threshold = torch.ones((), device="cuda")
+    _, v_last = launch.forward(kernel_for(PLAIN), x, None, threshold, 1, torch.float32, 0.0, False, True)
+    assert v_last is not None
+    assert torch.equal(v_last.cpu(), torch.full((4,), 1e-40))
+
+
+@pytest.mark.parametrize("threshold", [(), (40,), (6000, 1)])
+@pytest.mark.parametrize("T", [4, 33])
+def test_the_same_bits_every_time(T: int, threshold: tuple[int, ...]) -> None:
+    """With more neurons than threads that have scratch memory."""
+    case = replace(PLAIN, T=T, frame=(6000, 40), threshold=threshold)
+    first = run(case, "cuda")
+    assert all(run(case, "cuda").equal(first) for _ in range(10))
+
+
+def test_on_the_current_stream() -> None:
+    """The input is there only after the stream has waited."""
+    inputs, kernel, expected = draw(PLAIN, "cuda"), kernel_for(PLAIN), run(PLAIN, "cuda")
+    x, stream = torch.zeros_like(inputs.x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(inputs.x)
+        spikes, v_last = launch.forward(kernel, x, inputs.v, inputs.threshold, 4, x.dtype, 0.0, False, True)
+    assert not stream.query()  # nothing waited for it
+    stream.synchronize()
+    assert v_last is not None
+    assert bits_equal(spikes.cpu(), expected.spikes)
+    assert bits_equal(v_last.cpu(), expected.v_last)
+
+
+def test_in_a_captured_graph() -> None:
+    """Forward, backward with scratch memory and three kernels; replayed on other input."""
+    case = replace(PLAIN, T=33, threshold=())
+    inputs, kernel, expected = draw(case, "cuda"), kernel_for(case), run(case, "cuda")  # which builds the kernels
+    x = torch.zeros_like(inputs.x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        spikes, v_last = launch.forward(kernel, x, inputs.v, inputs.threshold, 33, x.dtype, 0.0, False, True)
+        grads = launch.backward(
+            kernel, x, inputs.v, inputs.threshold, 33, inputs.grad_spikes, inputs.grad_v_last, 0.0, False, True, True
+        )
+    x.copy_(inputs.x)
+    graph.replay()
+    for found, name in zip((spikes, v_last, *grads), vars(expected), strict=True):
+        assert found is not None
+        assert bits_equal(found.cpu(), getattr(expected, name)), name
+
+
+def test_on_another_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices; torch sees one")
+    assert run(PLAIN, "cuda:1").equal(run(PLAIN, "cuda:0"))
+
+
+def test_a_frame_of_more_than_two_to_the_31_neurons() -> None:
+    rows = 2**28 + 3
+    if torch.cuda.mem_get_info()[0] < 4 * 2**30:
+        pytest.skip("needs 4 GiB of free GPU memory")
+    x = torch.tensor([0.25, -1.5, 1.0, -1.0, 0.75, 3.0, -0.5, 1.25], device="cuda", dtype=torch.bfloat16)
+    threshold = torch.ones((), device="cuda")
+    spikes, _ = launch.forward(
+        kernel_for(PLAIN), x.expand(1, rows, 8), None, threshold, 1, torch.int8, 0.0, False, False
+    )
+    expected = torch.tensor([0, -1, 1, -1, 0, 1, 0, 1], device="cuda", dtype=torch.int8)
+    for part in spikes[0].split(2**24):
+        assert torch.equal(part, expected.expand_as(part))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, which is not on the PATH")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", __file__]
+    chosen = ["-k", "test_weighted_sums or test_spikes_in_int8", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *chosen], cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout[-3000:]
