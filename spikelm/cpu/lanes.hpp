@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -34,7 +35,11 @@ typedef uint16_t ShortLanes __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef int8_t ByteLanes __attribute__((vector_size(LANES)));
 
 template <class R> INLINE R constant(double value) { return (STATE_T)value - R{}; }  // 0 - would change -0
-INLINE Lanes absolute(Lanes x) { return (Lanes)((IntegerLanes)x & ~((Integer)1 << (8 * sizeof(Integer) - 1))); }
+constexpr Integer sign_bit = std::numeric_limits<Integer>::min();
+INLINE Lanes absolute(Lanes x) { return (Lanes)((IntegerLanes)x & ~sign_bit); }
+INLINE Lanes with_sign_of(Lanes magnitude, Lanes sign) {
+    return (Lanes)((IntegerLanes)magnitude | ((IntegerLanes)sign & sign_bit));
+}
 INLINE Lanes truncate(Lanes x) { return __builtin_convertvector(__builtin_convertvector(x, IntegerLanes), Lanes); }
 
 INLINE Lanes exponential(Lanes x) {
@@ -146,6 +151,16 @@ template <class S, class Count> INLINE void store(S* at, Lanes value, Count coun
     }
 }
 
+// The same for spikes, which are no NaN, and `normal`: one instruction rounds such numbers to bfloat16.
+template <class S, class Count> INLINE void store_spikes(S* at, Lanes value, Count count, bool streams, bool normal) {
+#if defined(__AVX512BF16__) && VECTOR_BYTES == 64
+    if constexpr (std::is_same<S, bf16_t>::value)
+        if (normal) return put(at, (ShortLanes)_mm512_cvtneps_pbh((__m512)value), count, 2, streams);
+#endif
+    (void)normal;
+    store(at, value, count, streams);
+}
+
 template <class Body> INLINE void for_lanes(long n, Body body) {
     long j = 0;
     for (; j + LANES <= n; j += LANES) body(j, All{});
@@ -154,7 +169,7 @@ template <class Body> INLINE void for_lanes(long n, Body body) {
 
 // Whether an output is too large to be found in a cache later, and may be streamed from `at` on.
 INLINE bool streams_to(const void* at, long long bytes) {
-    return bytes >= (8LL << 20) && (uintptr_t)at % 64 == 0;
+    return bytes >= (4LL << 20) && (uintptr_t)at % 64 == 0;
 }
 INLINE void finish_streams() {
 #if defined(__SSE2__)

@@ -89,15 +89,16 @@ struct Steps {
     }
 };
 
-struct Weights {
+// factor * base^t of every step, on the heap only where they are many.
+struct Powers {
     STATE_T few[64];
     STATE_T* values = few;
 
-    Weights(long long T, double frame_weight) {
+    Powers(long long T, double base, double factor = 1) {
         if (T > 64) values = (STATE_T*)std::malloc(T * sizeof(STATE_T));
-        for (long long t = 0; values && t < T; ++t) values[t] = (STATE_T)std::pow(frame_weight, (double)t);
+        for (long long t = 0; values && t < T; ++t) values[t] = (STATE_T)(factor * std::pow(base, (double)t));
     }
-    ~Weights() {
+    ~Powers() {
         if (values != few) std::free(values);
     }
 };
@@ -110,7 +111,7 @@ template <bool injects> INLINE void step_tile(
     for_lanes(n, [&](long j, auto count) {
         const Lanes input = injects ? load(x + j, count) : Lanes{};
         const Stepped<Lanes> at = step<injects>(input, load(v + j, All{}), load(threshold + j, All{}), numbers);
-        if (spikes) store(spikes + j, at.spikes, count, streams);
+        if (spikes) store_spikes(spikes + j, at.spikes, count, streams, true);
         if (h) store(h + j, at.h, All{});
         store(v + j, at.v, All{});
     });
@@ -145,7 +146,11 @@ extern "C" int forward(const Arguments* arguments) {
                 else
                     step_tile<false>(x, spikes, streams, v, nullptr, thresholds.values, tile.n, numbers);
             }
-            if (a.v_last) std::memcpy(a.v_last + tile.first, v, tile.n * sizeof(STATE_T));
+            if (!a.v_last) continue;
+            const bool streams = streams_to(a.v_last + tile.first, a.frame * sizeof(STATE_T));
+            for_lanes(tile.n, [&](long j, auto count) {
+                store(a.v_last + tile.first + j, load(v + j, All{}), count, streams);
+            });
         }
         finish_streams();
     }
@@ -156,11 +161,13 @@ extern "C" int forward_sum(const Arguments* arguments) {
     const Arguments& a = *arguments;
     const Numbers<Lanes> numbers = numbers_of<Lanes>(a);
     const Tiling tiles(a, MOST);
-    const Weights weights(a.T, a.frame_weight);
-    if (!weights.values) return 1;
+    const Powers weights(a.T, a.frame_weight);
     int exponent;  // of the decay; V / decay^t has to stay a normal number
-    const bool shared = a.channels == 1 && a.threshold[0] > 1e-30 && a.threshold[0] < 1e30 &&
+    const bool scaled = a.channels == 1 && a.threshold[0] > 1e-30 && a.threshold[0] < 1e30 &&
                         std::frexp(a.decay, &exponent) == 0.5 && std::abs(exponent - 1) * a.T <= 24;
+    const Powers quotients(scaled ? a.T : 1, 1 / a.decay, a.threshold[0]);
+    if (!weights.values || !quotients.values) return 1;
+    const bool normal = weights.values[a.T - 1] > 1e-30;  // then no sum but 0 is subnormal
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         Thresholds thresholds(a);
@@ -175,13 +182,15 @@ extern "C" int forward_sum(const Arguments* arguments) {
                     x[k] = load(a.x + tile.x + j + k * LANES, count);
                     V[k] = load(thresholds.values + j + k * LANES, All{});
                 }
-                if (shared)
-                    sums_of_spikes<true, many>(x, V, total, a.T, weights.values, numbers);
+                const auto quotient = [&](long long t, int) { return constant<Lanes>(quotients.values[t]); };
+                const auto threshold = [&](long long, int k) { return V[k]; };
+                if (scaled)
+                    sums_of_spikes<true, many>(x, quotient, total, a.T, weights.values, numbers);
                 else
-                    sums_of_spikes<false, many>(x, V, total, a.T, weights.values, numbers);
+                    sums_of_spikes<false, many>(x, threshold, total, a.T, weights.values, numbers);
                 for (int k = 0; k < many; ++k) {
                     if (sizeof(SPIKE_T) == 1) total[k] = total[k] * (STATE_T)a.sum_scale;
-                    store(a.spikes + tile.first + j + k * LANES, total[k], count, streams);
+                    store_spikes(a.spikes + tile.first + j + k * LANES, total[k], count, streams, normal);
                 }
             };
             constexpr int many = 4;
@@ -289,7 +298,7 @@ template <bool sum> static int back(const Arguments& a) {
     long long chunks = tiles.count;
     if (a.grad_threshold) chunks = std::max(1LL, std::min({chunks, 64LL, a.frame / (4 * a.channels)}));
     double* sums = a.grad_threshold ? (double*)std::calloc(chunks * a.channels, sizeof(double)) : nullptr;
-    const Weights weights(sum ? a.T : 1, a.frame_weight);
+    const Powers weights(sum ? a.T : 1, a.frame_weight);
     bool failed = !weights.values || (a.grad_threshold && !sums);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && !failed)
     {

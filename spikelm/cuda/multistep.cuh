@@ -37,6 +37,8 @@ INLINE unsigned bits_of_float(float value) { return __float_as_uint(value); }
 template <class R> INLINE R constant(double value) { return (R)value; }
 INLINE float absolute(float x) { return fabsf(x); }
 INLINE double absolute(double x) { return fabs(x); }
+INLINE float with_sign_of(float magnitude, float sign) { return copysignf(magnitude, sign); }
+INLINE double with_sign_of(double magnitude, double sign) { return copysign(magnitude, sign); }
 INLINE float truncate(float x) { return truncf(x); }
 INLINE double truncate(double x) { return trunc(x); }
 INLINE float exponential(float x) { return expf(x); }
@@ -214,7 +216,8 @@ INLINE void forward_sum(const Arguments& a, const STATE_T* weights) {
         const Pack<IO_T> pack = load(a.x + offset_of(i, a, a.x_strides));
         UNROLL for (int j = 0; j < VECTOR; ++j) {
             x[j] = widen(pack.at[j]);
-            sums_of_spikes<false, 1>(x + j, V + j, total + j, steps_of(a), weights, n);
+            const auto threshold = [&](long long, int) { return V[j]; };
+            sums_of_spikes<false, 1>(x + j, threshold, total + j, steps_of(a), weights, n);
             total[j] = total[j] * (STATE_T)a.sum_scale;
         }
         store(a.spikes + i, total);

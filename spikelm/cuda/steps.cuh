@@ -8,7 +8,8 @@
 //   IO_T, SPIKE_T, STATE_T      storage of input and gradients, of spikes, of the membrane (float or double)
 //   INLINE                      how a function is declared for this compiler
 // and, for the lanes R that it uses (a float, a double, or a SIMD vector of them): constant<R>(double), absolute(R),
-// truncate(R) for values below 2^31, exponential(R) for values <= 0. A condition picks per lane: c ? a : b.
+// with_sign_of(R magnitude, R sign), truncate(R) for values below 2^31, exponential(R) for values <= 0. A condition picks
+// per lane: c ? a : b.
 //
 // The order of operations is ops/reference.py's, so that without contraction to FMA the forward is equal bit for bit.
 
@@ -88,31 +89,29 @@ template <bool injects, class R> INLINE Stepped<R> step(R x, R v, R V, const Num
     return {h, s, h};
 }
 
-// total[i] = sum_t weights[t] spikes_t of the T frames of x[i], which enters a fresh membrane once. Several at a time: their
-// steps do not wait for each other. `shared`: all have V[0], and the decay is a power of two; dividing V by it is then
-// the same as multiplying every h.
-template <bool shared, int many, class R>
-INLINE void sums_of_spikes(const R* x, const R* V, R* total, long long T, const STATE_T* weights, const Numbers<R>& n) {
+// total[i] = sum_t weights[t] spikes_t of the T frames of x[i], which enters a fresh membrane once. Several at a time:
+// their steps do not wait for each other. V(t, i) is the threshold. `scaled`, for a decay that is a power of two: V(t, i)
+// is divided by decay^t, which is the same as multiplying every h.
+template <bool scaled, int many, class R, class Thresholds>
+INLINE void sums_of_spikes(
+    const R* x, const Thresholds& V, R* total, long long T, const STATE_T* weights, const Numbers<R>& n) {
     const R zero = constant<R>(0);
     R h[many];
     if constexpr (fire_kind == TERNARY && reset_kind == SOFT) {  // no step changes the sign: the magnitude is enough
-        const R inverse = constant<R>(1) / n.decay;
-        R one_V = V[0];
         for (int i = 0; i < many; ++i) h[i] = absolute(x[i]), total[i] = zero;
         for (long long t = 0; t < T; ++t) {
-            if (shared && t) one_V = one_V * inverse;
             const R weight = constant<R>(weights[t]);
+            for (int i = 0; i < many; ++i) total[i] = h[i] >= V(t, i) ? total[i] + weight : total[i];
+            if (t + 1 == T) break;
             for (int i = 0; i < many; ++i) {
-                if (!shared && t) h[i] = h[i] * n.decay;
-                const R here = shared ? one_V : V[i];
-                total[i] = h[i] >= here ? total[i] + weight : total[i];
-                h[i] = h[i] >= here ? h[i] - here : h[i];
+                h[i] = h[i] >= V(t, i) ? h[i] - V(t, i) : h[i];
+                if (!scaled) h[i] = h[i] * n.decay;
             }
         }
-        for (int i = 0; i < many; ++i) total[i] = (x[i] < zero ? -total[i] : total[i]) + zero;
+        for (int i = 0; i < many; ++i) total[i] = with_sign_of(total[i], x[i]) + zero;
     } else {
         for (int i = 0; i < many; ++i) {
-            const R here = V[shared ? 0 : i];
+            const R here = V(0, i);
             Stepped<R> at = step<true>(x[i], zero, here, n);
             total[i] = zero;
             for (long long t = 0; t < T; ++t) {

@@ -296,9 +296,9 @@ def test_the_exponential(dynamic: Dynamics, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def streaming(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs of every size are stored past the cache, as those of 8 MiB and more are."""
+    """Outputs of every size are stored past the cache, as those of 4 MiB and more are."""
     source = module.source
-    monkeypatch.setattr(module, "source", lambda *key: changed(source(*key), "bytes >= (8LL << 20)", "true"))
+    monkeypatch.setattr(module, "source", lambda *key: changed(source(*key), "bytes >= (4LL << 20)", "true"))
 
 
 VECTORS = {

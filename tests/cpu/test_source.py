@@ -69,10 +69,10 @@ NIGHTLY_MUTANTS: dict[str, tuple[Case, bool, str, str]] = {
     "a tile left out": (MANY, False, "i = chunk * tiles.count / chunks;", "i = chunk * tiles.count / chunks + 1;"),
     "the next channel": (CHANNELS, False, "channel = row || channel + 1 ==", "channel = row || channel + 2 =="),
     "input that enters twice": (STARTED, False, "if (!INJECT_FIRST || (t == 0 && !a.started))", "if (t == 0)"),
-    "weights of the sum": (IN_BF16, True, "std::pow(frame_weight, (double)t)", "std::pow(frame_weight, (double)t + 1)"),
+    "weights of the sum": (IN_BF16, True, "std::pow(base, (double)t)", "std::pow(base, (double)t + 1)"),
     "weights of the sum's gradient": (IN_BF16, True, "sum ? weights[t] : 1", "sum ? weights[0] : 1"),
-    "a threshold scaled too soon": (SHARED, True, "if (shared && t) one_V", "if (shared) one_V"),
-    "the sign of the sum": (IN_BF16, True, "(x[i] < zero ? -total[i] : total[i])", "total[i]"),
+    "a threshold scaled the wrong way": (SHARED, True, "quotients(scaled ? a.T : 1, 1 / a.decay,", "quotients(scaled ? a.T : 1, a.decay,"),
+    "the sign of the sum": (IN_BF16, True, "with_sign_of(total[i], x[i])", "total[i]"),
 }  # fmt: skip
 CHOSEN = MUTANTS | (NIGHTLY_MUTANTS if NIGHTLY else {})
 
@@ -130,7 +130,7 @@ def test_nothing_outside_a_tensor_is_touched(dynamic: Dynamics, dtype: torch.dty
 
 
 OUTSIDE = {  # a write and, nightly, a read of whole vectors behind the last element
-    "write": ("store(spikes + j, at.spikes, count, streams);", "store(spikes + j, at.spikes, All{});")
+    "write": ("store_spikes(spikes + j, at.spikes, count,", "store_spikes(spikes + j, at.spikes, All{},")
 } | (
     {
         "read": ("grads ? load(grads + j, count) * weight", "grads ? load(grads + j, All{}) * weight"),
