@@ -2,7 +2,9 @@
 // tile's elements. cpu/module.py puts the definitions before it and the two included files in.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <omp.h>
 
 #include "lanes.hpp"
 #include "steps.cuh"
@@ -41,9 +43,25 @@ struct Tiling {
     }
 };
 
-// The size depends on T alone, so that no sum depends on the number of threads.
-static long size_for(long long T) {
-    return std::max<long>(64, std::min<long>(MOST, CACHED / T / 64 * 64));
+// The size depends on the sizes of the call alone, so that no sum depends on the number of threads.
+static long size_for(const Arguments& a) {
+    const long cached = std::max<long>(64, std::min<long>(MOST, CACHED / a.T / 64 * 64));
+    return std::min<long long>(cached, (a.length + 63) / 64 * 64);
+}
+
+// body(from, to) in every thread, over its share of 0 .. count. A single thread does without OpenMP, whose start costs
+// as much as a small kernel.
+template <class Body> static void in_parallel(long long count, long long threads, const Body& body) {
+    if (threads <= 1) {
+        body(0LL, count);
+        return finish_streams();
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        const long long i = omp_get_thread_num(), n = omp_get_num_threads();
+        body(count * i / n, count * (i + 1) / n);
+        finish_streams();
+    }
 }
 
 // Thresholds and their inverses of a tile's elements: of a single channel filled in once, else for every tile.
@@ -53,8 +71,9 @@ struct Thresholds {
     alignas(64) STATE_T inverses[MOST];
 
     explicit Thresholds(const Arguments& arguments) : a(arguments) {
-        std::fill(values, values + MOST, a.threshold[0]);
-        invert(MOST);
+        const long n = std::min<long long>(MOST, (a.length + LANES - 1) / LANES * LANES);
+        std::fill(values, values + n, a.threshold[0]);
+        if (a.grad_x) invert(n);
     }
     void at(const Tile& tile) {
         if (a.channels == 1) return;
@@ -128,12 +147,10 @@ extern "C" int forward(const Arguments* arguments) {
     const Arguments& a = *arguments;
     const Numbers<Lanes> numbers = numbers_of<Lanes>(a);
     const Tiling tiles(a, MOST);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    in_parallel(tiles.count, a.threads, [&](long long from, long long to) {
         Thresholds thresholds(a);
-        alignas(64) STATE_T v[MOST] = {};
-#pragma omp for schedule(static)
-        for (long long i = 0; i < tiles.count; ++i) {
+        alignas(64) STATE_T v[MOST];
+        for (long long i = from; i < to; ++i) {
             const Tile tile = tiles[i];
             thresholds.at(tile);
             start_tile(a, tile, v);
@@ -152,8 +169,7 @@ extern "C" int forward(const Arguments* arguments) {
                 store(a.v_last + tile.first + j, load(v + j, All{}), count, streams);
             });
         }
-        finish_streams();
-    }
+    });
     return 0;
 }
 
@@ -168,11 +184,9 @@ extern "C" int forward_sum(const Arguments* arguments) {
     const Powers quotients(scaled ? a.T : 1, 1 / a.decay, a.threshold[0]);
     if (!weights.values || !quotients.values) return 1;
     const bool normal = weights.values[a.T - 1] > 1e-30;  // then no sum but 0 is subnormal
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
+    in_parallel(tiles.count, a.threads, [&](long long from, long long to) {
         Thresholds thresholds(a);
-#pragma omp for schedule(static)
-        for (long long i = 0; i < tiles.count; ++i) {
+        for (long long i = from; i < to; ++i) {
             const Tile tile = tiles[i];
             const bool streams = streams_to(a.spikes + tile.first, a.frame * sizeof(SPIKE_T));
             thresholds.at(tile);
@@ -199,8 +213,7 @@ extern "C" int forward_sum(const Arguments* arguments) {
             for (; j + LANES <= tile.n; j += LANES) several(j, std::integral_constant<int, 1>{}, All{});
             if (j < tile.n) several(j, std::integral_constant<int, 1>{}, tile.n - j);
         }
-        finish_streams();
-    }
+    });
     return 0;
 }
 
@@ -265,10 +278,12 @@ template <bool sum> static void back_tile(
     const Arguments& a, const Tile& tile, const Thresholds& thresholds, STATE_T* h, long size, const STATE_T* weights,
     Carried& carried, const Numbers<Lanes>& numbers) {
     constexpr bool delayed = reset_kind == SOFT_DELAYED, once = INJECT_FIRST || sum;
-    alignas(64) STATE_T v[MOST] = {};
+    alignas(64) STATE_T v[MOST];
     start_tile(a, tile, v);
     recompute<sum>(a, tile, thresholds.values, v, h, size, numbers);
-    std::memset(&carried, 0, sizeof carried);
+    const long padded = std::min<long>(MOST, (tile.n + LANES - 1) / LANES * LANES);
+    std::fill(carried.gradient, carried.gradient + padded, (STATE_T)0);
+    std::fill(carried.threshold, carried.threshold + padded, (STATE_T)0);
     if (a.grad_v_last && !delayed) std::memcpy(carried.gradient, a.grad_v_last + tile.first, tile.n * sizeof(STATE_T));
     for (long long t = a.T - 1; t >= 0; --t) {
         const IO_T* grads = a.grad_spikes ? a.grad_spikes + tile.grad_spikes + (sum ? 0 : t * a.grad_step) : nullptr;
@@ -293,25 +308,19 @@ template <bool sum> static void back_tile(
 // Tiles are taken in chunks whose number depends on the sizes alone; each chunk sums its own thresholds' gradients.
 template <bool sum> static int back(const Arguments& a) {
     const Numbers<Lanes> numbers = numbers_of<Lanes>(a);
-    const long size = size_for(a.T);
+    const long size = size_for(a);
     const Tiling tiles(a, size);
     long long chunks = tiles.count;
     if (a.grad_threshold) chunks = std::max(1LL, std::min({chunks, 64LL, a.frame / (4 * a.channels)}));
     double* sums = a.grad_threshold ? (double*)std::calloc(chunks * a.channels, sizeof(double)) : nullptr;
     const Powers weights(sum ? a.T : 1, a.frame_weight);
-    bool failed = !weights.values || (a.grad_threshold && !sums);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && !failed)
-    {
+    std::atomic<bool> failed{!weights.values || (a.grad_threshold && !sums)};
+    in_parallel(failed ? 0 : chunks, a.threads, [&](long long from, long long to) {
         Thresholds thresholds(a);
         Carried carried;
         Steps h(a.T, size);
-#pragma omp for schedule(static)
-        for (long long chunk = 0; chunk < chunks; ++chunk) {
-            if (failed || !h.values) {
-#pragma omp atomic write
-                failed = true;
-                continue;
-            }
+        if (!h.values) failed = true;
+        for (long long chunk = from; chunk < to && !failed; ++chunk) {
             for (long long i = chunk * tiles.count / chunks; i < (chunk + 1) * tiles.count / chunks; ++i) {
                 const Tile tile = tiles[i];
                 thresholds.at(tile);
@@ -319,8 +328,7 @@ template <bool sum> static int back(const Arguments& a) {
                 if (sums) add_to_channels(a, tile, carried.threshold, sums + chunk * a.channels);
             }
         }
-        finish_streams();
-    }
+    });
     for (long long channel = 0; sums && channel < a.channels; ++channel) {
         double total = 0;
         for (long long chunk = 0; chunk < chunks; ++chunk) total += sums[chunk * a.channels + channel];

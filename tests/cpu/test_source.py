@@ -45,7 +45,7 @@ MUTANTS: dict[str, tuple[Case, bool, str, str]] = {  # (case, whether it is a su
     "a sign in the gradient": (PLAIN, False, "grad_spikes - carry * V", "grad_spikes + carry * V"),
     "a threshold that fires no tie": (PLAIN, False, "return h >= V ? one", "return h > V ? one"),
     "one element less": (PLAIN, False, "if (j < n) body(j, n - j)", "if (j < n) body(j, n - j - 1)"),
-    "sums that are not cleared": (MANY, False, "std::memset(&carried, 0, sizeof carried);", ""),
+    "sums that are not cleared": (MANY, False, "std::fill(carried.threshold, carried.threshold + padded,", "(void)(0,"),
     "the wrong channel's sum": (CHANNELS, False, "channels[channel] += sum;", "channels[0] += sum;"),
 }
 NIGHTLY_MUTANTS: dict[str, tuple[Case, bool, str, str]] = {
@@ -71,7 +71,7 @@ NIGHTLY_MUTANTS: dict[str, tuple[Case, bool, str, str]] = {
     "input that enters twice": (STARTED, False, "if (!INJECT_FIRST || (t == 0 && !a.started))", "if (t == 0)"),
     "weights of the sum": (IN_BF16, True, "std::pow(base, (double)t)", "std::pow(base, (double)t + 1)"),
     "weights of the sum's gradient": (IN_BF16, True, "sum ? weights[t] : 1", "sum ? weights[0] : 1"),
-    "a threshold scaled the wrong way": (SHARED, True, "quotients(scaled ? a.T : 1, 1 / a.decay,", "quotients(scaled ? a.T : 1, a.decay,"),
+    "a threshold scaled the wrong way": (SHARED, True, ": 1, 1 / a.decay,", ": 1, a.decay,"),
     "the sign of the sum": (IN_BF16, True, "with_sign_of(total[i], x[i])", "total[i]"),
 }  # fmt: skip
 CHOSEN = MUTANTS | (NIGHTLY_MUTANTS if NIGHTLY else {})
