@@ -216,24 +216,29 @@ class DynamicsNode(BaseNode):
     def multi_step_forward(self, x_seq: torch.Tensor) -> torch.Tensor:
         """All steps of x_seq [T, N, *], carrying the states from earlier calls."""
         states = self._checked_states(x_seq, tuple(self._memories.values()), "m")
-        if self.store_v_seq and len(x_seq):
-            spikes, states = self._every_membrane(x_seq, states)
+        membranes: torch.Tensor | None = None
+        if self.store_v_seq:
+            spikes, membranes, states = self._step_by_step(x_seq, states)
         else:
             (spikes,), states = self.multi_step_functional_forward((x_seq,), states)
-            if self.store_v_seq:
-                self.v_seq = x_seq.new_empty(x_seq.shape, dtype=reference.state_dtype(x_seq.dtype))
         self._memories.update(zip(self._memories, states, strict=True))
+        if membranes is not None:  # after the others: in SpikingJelly 0.0.0.0.14 it is a memory too
+            self.v_seq = membranes
         return spikes
 
-    def _every_membrane(self, x_seq: torch.Tensor, states: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """Step by step, to keep the membrane after each in ``v_seq``."""
+    def _step_by_step(
+        self, x_seq: torch.Tensor, states: tuple[Any, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+        """Spikes, the membrane after every step, both [T, N, *], and the states."""
+        if len(x_seq) == 0:
+            (spikes,), states = self.multi_step_functional_forward((x_seq,), states)
+            return spikes, x_seq.new_empty(x_seq.shape, dtype=reference.state_dtype(x_seq.dtype)), states
         steps, membranes = [], []
         for x in x_seq.unbind(0):
             (spikes,), states = self.single_step_functional_forward((x,), states)
             steps.append(spikes)
             membranes.append(states[0])
-        self.v_seq = torch.stack(membranes)
-        return torch.stack(steps), states
+        return torch.stack(steps), torch.stack(membranes), states
 
     def _threshold(self, x: torch.Tensor, frame_dims: int) -> torch.Tensor:
         """V in the state's type, shaped to broadcast over a frame [N, *] of ``frame_dims`` axes."""
