@@ -23,7 +23,7 @@ def report() -> tuple[str, bool]:
     lines += ["", "backends", "  torch         runs: the reference"]
     states = {backend: _state(backend, device) for backend, device in (("cpu", "cpu"), ("cupy", "cuda"))}
     lines += [f"  {backend:<14}{text}" for backend, (text, _) in states.items()]
-    chosen = {device: backend if states[backend][0].startswith("runs") else "torch"
+    chosen = {device: "torch" if states[backend][0].startswith("does not run") else backend
               for device, backend in (("cpu", "cpu"), ("cuda", "cupy"))}  # fmt: skip
     lines += ["", f'backend="auto" is {chosen["cpu"]} for CPU tensors and {chosen["cuda"]} for CUDA tensors']
     return "\n".join(lines), all(right for _, right in states.values())

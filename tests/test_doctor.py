@@ -53,7 +53,9 @@ def test_a_kernel_that_computes_something_else_fails(
 
     monkeypatch.setattr(doctor, "multi_step", off_by_one)
     assert main(["doctor"]) == 1
-    assert "cpu           WRONG: its spikes differ from the reference's" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cpu           WRONG: its spikes differ from the reference's" in said
+    assert 'backend="auto" is cpu for CPU tensors' in said
 
 
 def test_as_a_command() -> None:

@@ -113,6 +113,12 @@ def _neurons(most: int, tensors: tuple[torch.Tensor | None, ...], what: Read, ch
     return neurons
 
 
+def build(kernel: str, io: torch.dtype, spike: torch.dtype) -> None:
+    """Compiles the forward of a single step for the current device; raises SpikelmError if that fails."""
+    major, minor = torch.cuda.get_device_capability()
+    module.build(definitions(kernel, io, spike, "FORWARD", 1, 1, False), f"sm_{major}{minor}")
+
+
 _launcher = Launcher(run)
 forward, forward_sum = _launcher.forward, _launcher.forward_sum
 backward, backward_sum = _launcher.backward, _launcher.backward_sum

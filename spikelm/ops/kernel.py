@@ -38,7 +38,9 @@ def kernel_of(dynamics: Dynamics) -> Kernel | str:
         found = kernel_surrogate(dynamics.surrogate_function)
         if found is None:
             function = dynamics.surrogate_function
-            return f"no kernel for the surrogate {getattr(function, '__qualname__', type(function).__qualname__)}"
+            name = getattr(function, "__qualname__", type(function).__qualname__)
+            suffix = "" if getattr(function, "spiking", True) else ", spiking=False"
+            return f"no kernel for the surrogate {name}{suffix}"
         surrogate, scale, alpha = found
     smooth = dynamics.fire == "integer" and dynamics.sgc == "gradient" and dynamics.sgc_weight > 0
     definitions = _definitions(

@@ -94,6 +94,8 @@ def read(x: torch.Tensor, grad_spikes: torch.Tensor | None, single: bool, single
 
     Copies a tensor only if its last axis is not dense or its axes do not merge to four.
     """
+    x = x.resolve_neg()
+    grad_spikes = None if grad_spikes is None else grad_spikes.resolve_neg()
     if x.is_contiguous() and (grad_spikes is None or grad_spikes.is_contiguous()):
         return Read(x, grad_spikes, _one_row(x.numel() if single else x.numel() // x.shape[0]))
     shape = x.shape if single else x.shape[1:]

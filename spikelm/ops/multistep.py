@@ -7,6 +7,7 @@ spikes, v = multi_step(x, None, torch.tensor(1.0), Dynamics("ternary", surrogate
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ import torch
 
 from spikelm.cpu import module as cpu_module
 from spikelm.errors import SpikelmError, warn_once
-from spikelm.ops import operators, reference
+from spikelm.ops import operators, reference, vmap  # noqa: F401  vmap registers its rules
 from spikelm.ops.dynamics import Dynamics
 from spikelm.ops.kernel import Kernel
 
@@ -78,9 +79,11 @@ def multi_step(
         backend: one of BACKENDS; "auto" is the kernel of x_seq's device, or the reference with one warning.
 
     Returns:
-        Spikes [T, N, *], and the last membrane [N, *] or None. Only x_seq (and v) are saved for the backward.
+        Spikes [T, N, *], and the last membrane [N, *] or None. The backward keeps x_seq, v and threshold, nothing else.
     """
     shape = x_seq.shape
+    if not shape:
+        raise SpikelmError("x_seq must be [T, N, *]; got a tensor without axes")
     _check(x_seq, shape[1:], v, threshold)
     dtype = _spike_dtype(x_seq, spike_dtype, dynamics.levels)
     kernel = _choose(x_seq, threshold, dynamics, dtype, backend)
@@ -105,7 +108,8 @@ def encode(
     spike_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """T frames [T, *] of a plain x [*] that enters a fresh membrane once; arguments as of :func:`multi_step`."""
+    """T >= 1 frames [T, *] of a plain x [*] that enters a fresh membrane once; arguments as of :func:`multi_step`."""
+    _check_encoding(T, 1.0)
     _check(x, x.shape, None, threshold)
     first = dynamics if dynamics.inject == "first" else dataclasses.replace(dynamics, inject="first")
     dtype = _spike_dtype(x, spike_dtype, dynamics.levels)
@@ -127,8 +131,10 @@ def encode_sum(
 ) -> torch.Tensor:
     """sum_t frame_weight**t s_t over the T frames of x [*]: shape and dtype of x; arguments as of :func:`multi_step`.
 
-    In torch.int8 the count itself (frame_weight 1), or sum_t 2**(T - 1 - t) s_t (0.5); other weights are refused.
+    T is an integer >= 1, frame_weight finite and > 0. In torch.int8 the sum is the count itself (frame_weight 1), or
+    sum_t 2**(T - 1 - t) s_t (0.5); other weights are refused.
     """
+    _check_encoding(T, frame_weight)
     _check(x, x.shape, None, threshold)
     scale, largest = 1.0, dynamics.levels * T
     if spike_dtype == torch.int8:
@@ -192,10 +198,13 @@ _KNOWN: dict[tuple[str, str, torch.dtype, torch.dtype], str | None] = {}
 def _build(backend: str, definitions: str, io: torch.dtype, spike: torch.dtype) -> str | None:
     if io not in cpu_module.STORAGE:
         return f"no kernel for {io}"
-    if backend == "cupy":  # compiled at the first launch, which knows T
-        return unavailable(backend)
     try:
-        cpu_module.functions(definitions, io, spike)
+        if backend == "cpu":
+            cpu_module.functions(definitions, io, spike)
+        elif (reason := unavailable(backend)) is not None:
+            return reason
+        else:  # what compiles for one step compiles for more, at the first launch with them
+            operators.cuda_launch().build(definitions, io, spike)
     except SpikelmError as error:
         return str(error)
     return None
@@ -205,6 +214,8 @@ def _check(x: torch.Tensor, frame: torch.Size, v: torch.Tensor | None, threshold
     """A kernel takes shapes and types on trust."""
     if not x.is_floating_point():
         raise SpikelmError(f"x must be a floating-point tensor; got {x.dtype}")
+    if x.layout != torch.strided:
+        raise SpikelmError(f"x must be a dense tensor (torch.strided); got {x.layout}")
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
     if threshold.dtype != state or threshold.device != x.device:
         raise SpikelmError(
@@ -220,9 +231,16 @@ def _check(x: torch.Tensor, frame: torch.Size, v: torch.Tensor | None, threshold
         )
 
 
+def _check_encoding(T: int, frame_weight: float) -> None:
+    if T < 1:
+        raise SpikelmError(f"T must be an integer >= 1; got {T!r}")
+    if not 0 < frame_weight < math.inf:
+        raise SpikelmError(f"frame_weight must be a finite number > 0; got {frame_weight!r}")
+
+
 def _broadcasts(sizes: torch.Size, frame: torch.Size) -> bool:
     pairs = zip(sizes[::-1], frame[::-1], strict=False)
-    return len(sizes) <= len(frame) and all(size in (1, at) for size, at in pairs)
+    return len(sizes) <= len(frame) and all(size == 1 or size == at for size, at in pairs)
 
 
 def _spike_dtype(x: torch.Tensor, dtype: torch.dtype | None, largest: int) -> torch.dtype:

@@ -7,11 +7,12 @@ Autocast changes nothing: the storage type is the input's and the arithmetic flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from spikelm.cpu import launch as cpu
@@ -23,7 +24,12 @@ def launch_on(x: torch.Tensor) -> ModuleType:
     """The module with the four launch functions for tensors on the device of x."""
     if x.is_cpu:
         return cpu
-    from spikelm.cuda import launch as cuda  # imports CuPy
+    return cuda_launch()
+
+
+def cuda_launch() -> ModuleType:
+    """spikelm.cuda.launch, which imports CuPy."""
+    from spikelm.cuda import launch as cuda
 
     return cuda
 
@@ -41,11 +47,12 @@ def multi_step(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Spikes and the last membrane; see :func:`spikelm.cpu.launch.forward`."""
     if not _is_plain(x, v, threshold):
+        _refuse_tangents(x, v, threshold)
         operator = _MultiStepTransformed.apply if _is_transformed() else _multi_step_op
         spikes, v_last = operator(x, v, threshold, *kernel, T, spike_dtype, start, started, keep_state)
         return spikes, v_last if keep_state else None
     rest = (T, spike_dtype, start, started, keep_state)
-    if _needs_gradient(x, v, threshold) and spike_dtype == x.dtype:
+    if _needs_gradient(x, v, threshold):
         return _apply_multi_step(kernel, x, v, threshold, rest)
     return launch_on(x).forward(kernel, x, v, threshold, *rest)
 
@@ -61,11 +68,19 @@ def encode_sum(
 ) -> torch.Tensor:
     """The weighted sum of T frames; see :func:`spikelm.cpu.launch.forward_sum`."""
     if not _is_plain(x, None, threshold):
+        _refuse_tangents(x, threshold)
         operator = _EncodeSumTransformed.apply if _is_transformed() else _encode_sum_op
         return operator(x, threshold, *kernel, T, spike_dtype, frame_weight, sum_scale)
     if _needs_gradient(x, None, threshold) and spike_dtype == x.dtype:
         return _apply_encode_sum(kernel, x, threshold, (T, frame_weight))
     return launch_on(x).forward_sum(kernel, x, threshold, T, spike_dtype, frame_weight, sum_scale)
+
+
+def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """PyTorch would leave them out without a word."""
+    if forward_ad._current_level >= 0:
+        if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise SpikelmError("the kernels have no forward-mode derivative; use backend='torch'")
 
 
 def _is_transformed() -> bool:
@@ -78,11 +93,13 @@ def _needs_gradient(x: torch.Tensor, v: torch.Tensor | None, threshold: torch.Te
 
 
 def _is_plain(x: torch.Tensor, v: torch.Tensor | None, threshold: torch.Tensor) -> bool:
-    """Whether nothing looks at the call on its way: no compiler, transform, mode or tensor subclass."""
+    """Whether nothing looks at the call on its way: no compiler, tracer, transform, mode or tensor subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or type(x) not in _PLAIN
         or type(threshold) not in _PLAIN
         or not (v is None or type(v) in _PLAIN)
@@ -331,54 +348,3 @@ class _MultiStepGradient(_Gradient):
 
 class _EncodeSumGradient(_Gradient):
     forward = staticmethod(lambda *arguments: _encode_sum_backward_op(*arguments))
-
-
-# ---- vmap: one call over a batch axis of the frame; the backward, whose threshold gradient sums a frame, in a loop
-
-
-def _to_axis(tensor: torch.Tensor | None, axis: int | None, to: int, size: int) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    if axis is not None:
-        return tensor.movedim(axis, to)
-    return tensor.unsqueeze(to).expand(*tensor.shape[:to], size, *tensor.shape[to:])
-
-
-def _one_threshold(axis: int | None) -> None:
-    if axis is not None:
-        raise SpikelmError("no kernel for a threshold that vmap maps over; use backend='torch'")
-
-
-def _map_multi_step(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    x, v, threshold, definitions, numbers, *rest = arguments
-    _one_threshold(in_dims[2])
-    inject_first = _kernel(definitions, numbers).inject_first
-    x = _to_axis(x, in_dims[0], 0 if inject_first else 1, info.batch_size)
-    v = _to_axis(v, in_dims[1], 0, info.batch_size)
-    outputs = _multi_step_op(x, v, threshold, definitions, numbers, *rest)
-    return outputs, (1, 0 if rest[-1] else None)
-
-
-def _map_encode_sum(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    x, threshold, *rest = arguments
-    _one_threshold(in_dims[1])
-    return _encode_sum_op(_to_axis(x, in_dims[0], 0, info.batch_size), threshold, *rest), 0
-
-
-def _map_in_a_loop(operator: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
-    def mapped(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        pairs = list(zip(arguments, in_dims, strict=True))
-        results = [
-            operator(*(value.select(axis, i) if isinstance(axis, int) else value for value, axis in pairs))
-            for i in range(info.batch_size)
-        ]
-        outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
-        return outputs, (0,) * len(outputs)
-
-    return mapped
-
-
-_multi_step_op.register_vmap(_map_multi_step)
-_encode_sum_op.register_vmap(_map_encode_sum)
-_multi_step_backward_op.register_vmap(_map_in_a_loop(_multi_step_backward_op))
-_encode_sum_backward_op.register_vmap(_map_in_a_loop(_encode_sum_backward_op))

@@ -131,3 +131,5 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     chosen = ["-k", "test_weighted_sums or test_spikes_in_int8", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *chosen], cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout

@@ -110,7 +110,10 @@ def a_function(x: torch.Tensor) -> torch.Tensor:
         (Dynamics("binary", Mine(alpha=2.0)), "no kernel for the surrogate Mine"),
         (Dynamics("ternary", a_function), "no kernel for the surrogate a_function"),
         (Dynamics("binary", surrogate.S2NN()), "no kernel for the surrogate S2NN"),
-        (Dynamics("binary", surrogate.ATan(alpha=2.0, spiking=False)), "no kernel for the surrogate ATan"),
+        (
+            Dynamics("binary", surrogate.ATan(alpha=2.0, spiking=False)),
+            "no kernel for the surrogate ATan, spiking=False",
+        ),
         (
             Dynamics("binary", snntorch.surrogate.triangular()),
             "no kernel for the surrogate triangular.<locals>.inner",

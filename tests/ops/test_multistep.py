@@ -168,6 +168,28 @@ def test_wrong_input(backend: str, change: dict[str, object], message: str) -> N
         multi_step(**(arguments | {"backend": backend} | change))
 
 
+@pytest.mark.parametrize("T", [0, -1])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_too_few_frames(backend: str, T: int) -> None:
+    x, V = torch.ones(3), torch.tensor(1.0)
+    with pytest.raises(SpikelmError, match=f"T must be an integer >= 1; got {T}"):
+        encode(x, V, TERNARY, T, backend=backend)
+    with pytest.raises(SpikelmError, match=f"T must be an integer >= 1; got {T}"):
+        encode_sum(x, V, TERNARY, T, 1.0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_wrong_tensors_and_weights(backend: str) -> None:
+    V = torch.tensor(1.0)
+    for weight in (0.0, -2.0, float("nan"), float("inf")):
+        with pytest.raises(SpikelmError, match=f"frame_weight must be a finite number > 0; got {weight}"):
+            encode_sum(torch.ones(3), V, TERNARY, 4, weight, backend=backend)
+    with pytest.raises(SpikelmError, match=r"x_seq must be \[T, N, \*\]; got a tensor without axes"):
+        multi_step(V, None, V, TERNARY, backend=backend)
+    with pytest.raises(SpikelmError, match="x must be a dense tensor .*; got torch.sparse_coo"):
+        multi_step(torch.eye(3).to_sparse(), None, V, TERNARY, backend=backend)
+
+
 # Which backend runs
 
 
@@ -211,7 +233,11 @@ def test_the_context_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (Dynamics("ternary", surrogate.LeakyKReLU(), 0.5), torch.ones(3), "no kernel for the surrogate LeakyKReLU"),
         (Dynamics("ternary", lambda x: x.sigmoid()), torch.ones(3), "no kernel for the surrogate .*<lambda>"),
-        (Dynamics("binary", surrogate.ATan(spiking=False)), torch.ones(3), "no kernel for the surrogate ATan"),
+        (
+            Dynamics("binary", surrogate.ATan(spiking=False)),
+            torch.ones(3),
+            "the surrogate ATan, spiking=False",
+        ),
         (Dynamics("integer", sgc="blend", sgc_weight=0.5), torch.ones(3), "no kernel for sgc='blend'"),
         (TERNARY, torch.ones(4, 3), r"no kernel for a threshold over several axes, \(4, 3\)"),
     ],
@@ -227,7 +253,7 @@ def test_without_a_kernel_the_reference_runs_and_says_so_once(
     assert torch.equal(spikes, expected)
     assert torch.equal(again, expected)
     for named in ("cpu", "auto"):
-        with use_backend("cpu"), pytest.raises(SpikelmError, match=f"backend 'cpu': {reason}"):
+        with use_backend("cpu"), pytest.raises(SpikelmError, match=f"backend 'cpu': .*{reason}"):
             multi_step(x, None, threshold, dynamics, backend=named)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from spikingjelly.activation_based import surrogate
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -111,6 +112,22 @@ def test_exports() -> None:
     x = leaf(4, 6).detach()
     exported = torch.export.export(Code(), (x,))
     assert torch.equal(exported.module()(x), neuron.encode_sum(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_neuron_of_channels_compiles_with_dynamic_shapes() -> None:
+    neuron = ATMN(num_channels=5)
+    compiled = torch.compile(neuron.encode_sum, backend="aot_eager", fullgraph=True, dynamic=True)
+    for N in (3, 4):
+        assert torch.equal(compiled(leaf(N, 5)), neuron.encode_sum(leaf(N, 5)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about comparisons of shapes
+def test_a_trace_holds_the_operator() -> None:
+    x, V = leaf(3, 5, 6).detach(), threshold(6).detach()
+    traced = torch.jit.trace(lambda x: multi_step(x, None, V, EVERY)[0], (x,))
+    assert "spikelm::multi_step" in str(traced.graph)
+    assert torch.equal(traced(-x), multi_step(-x, None, V, EVERY)[0])
 
 
 # Transforms
@@ -248,6 +265,42 @@ def test_a_second_derivative_is_refused_under_transforms_too() -> None:
         total = lambda x: output(x).square().sum()  # noqa: B023, E731
         with pytest.raises(SpikelmError, match="no second derivative; use backend='torch'"):
             grad(lambda x: grad(total)(x).sum())(x)  # noqa: B023
+
+
+def test_a_forward_derivative_is_refused_and_not_missing() -> None:
+    x, V = leaf(4, 3).detach(), torch.tensor(1.0)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (lambda: multi_step(dual, None, V, EVERY), lambda: encode_sum(dual, V, EVERY, 4, 1.0)):
+            with pytest.raises(SpikelmError, match="no forward-mode derivative; use backend='torch'"):
+                call()
+
+
+def test_a_membrane_keeps_its_gradient_beside_eight_bit_spikes() -> None:
+    gradients = []
+    for backend in ("auto", "torch"):
+        x, V = leaf(4, 3), threshold(3)
+        spikes, last = multi_step(x, None, V, EVERY, spike_dtype=torch.int8, backend=backend)
+        assert not spikes.requires_grad
+        gradients.append(torch.autograd.grad(last.square().sum(), [x, V]))
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other)
+
+
+def test_lazily_negated_tensors() -> None:
+    x, v, V = -leaf(4, 3).detach(), leaf(3).detach(), threshold(3).detach()
+    expected, v_expected = multi_step(x, v, V, EVERY)
+    negated = [torch._neg_view(-tensor) for tensor in (x, v, V)]
+    assert all(tensor.is_neg() for tensor in negated)
+    found, v_found = multi_step(*negated, EVERY)
+    assert torch.equal(found, expected)
+    assert torch.equal(v_found, v_expected)
+    assert torch.equal(encode_sum(negated[0], negated[2], EVERY, 4, 1.0), encode_sum(x, V, EVERY, 4, 1.0))
+    given = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(multi_step(given, v, V, EVERY)[0], given, negated[0])
+    (plain,) = torch.autograd.grad(multi_step(given, v, V, EVERY)[0], given, x)
+    assert torch.equal(gradient, plain)
 
 
 def test_recomputation_in_a_checkpoint() -> None:
