@@ -292,7 +292,9 @@ def must_show(result: dict[str, Any]) -> list[dict[str, Any]]:
         for dtype in {row["dtype"]: None for row in sums}:
             times = [row["us"] for row in sums if row["dtype"] == dtype]
             spread[f"frame weight {weight:g}, {dtype}"] = round(max(times) / min(times) - 1, 4)
-    add("weighted sum: slowest T above the fastest, as a share", "<=", 0.15, spread)
+    for dtype in sorted({name.rpartition(" ")[2] for name in spread}, reverse=True):
+        of_type = {name: share for name, share in spread.items() if name.endswith(dtype)}
+        add(f"weighted sum, {dtype}: slowest T above the fastest, as a share", "<=", 0.15, of_type)
     ours = [row for row in result["saved"] if row["contender"] == OURS]
     besides = {f"{row['neuron']}, {row['dtype']}": row["besides"] - 4 for row in ours}
     add("saved for backward besides x and the threshold: bytes", "<=", 0, besides)

@@ -125,6 +125,31 @@ COMPARED_WITH = {"SpikingJelly": "spikelm", "snnTorch": "spikelm", "torch.compil
 Rows = list[dict[str, Any]]
 
 
+def neurons() -> str:
+    """Every neuron against its peers at the size of compare.py's main group."""
+    if not (RESULTS / "cpu.json").exists():
+        return "Not measured yet."
+    result = read("cpu.json")
+    return groups(only(result["rows"], "neurons"), ("neuron", "direction")) + "\n\n" + setting(result)
+
+
+def mar_profile() -> str:
+    """What a training step of MAR's stage 2 takes on each backend."""
+    profile = read("mar_profile.json")
+    lines = []
+    for name, title in (("torch", "reference"), ("auto", "kernels")):
+        run = profile["results"][name]
+        times = (run["neurons_forward_s"], run["neurons_backward_s"], run["step_s"])
+        lines.append([title, *(number(1e3 * seconds) for seconds in times)])
+    apart, control = profile["relative_difference_of_losses"], profile["relative_difference_with_one_thread"]
+    table = markdown(("backend", "neurons, forward, ms", "neurons, backward, ms", "whole step, ms"), lines)
+    differences = [f"median {each['median']:.2%}, largest {each['largest']:.2%}" for each in (apart, control)]
+    return (
+        f"{table}\n\nLosses over {profile['steps']} steps from the same seed, relative difference from the reference: "
+        f"{differences[0]}; of the reference on one thread instead of two: {differences[1]}.\n\n{machine(profile)}"
+    )
+
+
 def comparison(name: str) -> str:
     """The tables and the picture of one result of compare.py; how to make it, where there is none."""
     if not (RESULTS / f"{name}.json").exists():
@@ -322,6 +347,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codes": codes,
     "stage1": stage1,
     "digits": digits,
+    "neurons": neurons,
+    "mar_profile": mar_profile,
     "cpu": lambda: comparison("cpu"),
     "h200": lambda: comparison("h200"),
 }
