@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from typing import NamedTuple
 
 import torch
 
@@ -16,17 +17,24 @@ from spikelm.ops.multistep import multi_step, unavailable
 PACKAGES = ("torch", "spikingjelly", "snntorch", "transformers", "cupy-cuda12x", "cupy-cuda13x")
 
 
+class State(NamedTuple):
+    """A backend in words, whether "auto" takes it, and whether it gives what the reference gives."""
+
+    text: str
+    runs: bool = True
+    right: bool = True
+
+
 def report() -> tuple[str, bool]:
     """The text of `python -m spikelm doctor`, and whether every backend that runs gives what the reference gives."""
     lines = [f"spikelm {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "packages"]
     lines += [f"  {package:<14}{_version(package)}" for package in PACKAGES]
     lines += ["", "backends", "  torch         runs: the reference"]
     states = {backend: _state(backend, device) for backend, device in (("cpu", "cpu"), ("cupy", "cuda"))}
-    lines += [f"  {backend:<14}{text}" for backend, (text, _) in states.items()]
-    chosen = {device: "torch" if states[backend][0].startswith("does not run") else backend
-              for device, backend in (("cpu", "cpu"), ("cuda", "cupy"))}  # fmt: skip
-    lines += ["", f'backend="auto" is {chosen["cpu"]} for CPU tensors and {chosen["cuda"]} for CUDA tensors']
-    return "\n".join(lines), all(right for _, right in states.values())
+    lines += [f"  {backend:<14}{state.text}" for backend, state in states.items()]
+    on_cpu, on_cuda = (backend if state.runs else "torch" for backend, state in states.items())
+    lines += ["", f'backend="auto" is {on_cpu} for CPU tensors and {on_cuda} for CUDA tensors']
+    return "\n".join(lines), all(state.right for state in states.values())
 
 
 def _version(package: str) -> str:
@@ -36,23 +44,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _state(backend: str, device: str) -> tuple[str, bool]:
-    """Whether it runs, in words, and whether it is right; runs a small kernel."""
+def _state(backend: str, device: str) -> State:
+    """Runs a small kernel."""
     reason = unavailable(backend)
     if reason is not None:
-        return f"does not run: {reason}", True
+        return State(f"does not run: {reason}", runs=False)
     try:
         equal = _equals_reference(backend, device)
     except (SpikelmError, RuntimeError) as error:
-        return f"does not run: {error}", True
+        return State(f"does not run: {error}", runs=False)
     where = f"{cpu_module.compiler()}, " if backend == "cpu" else ""
     where += f"kernels in {cpu_module.cache_directory()}"
     if not equal:
-        return (
-            f"WRONG: its spikes differ from the reference's ({where}); please report it, and use backend='torch'",
-            False,
-        )
-    return f"runs: {where}", True
+        wrong = f"WRONG: its spikes differ from the reference's ({where}); please report it, and use backend='torch'"
+        return State(wrong, right=False)
+    return State(f"runs: {where}")
 
 
 def _equals_reference(backend: str, device: str) -> bool:

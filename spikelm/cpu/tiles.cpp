@@ -64,6 +64,19 @@ template <class Body> static void in_parallel(long long count, long long threads
     }
 }
 
+// body(j, run, channel, row) for each run of a tile's elements, from j on: of one channel, or a `row` of successive ones.
+template <class Body> INLINE void for_channels(const Arguments& a, const Tile& tile, const Body& body) {
+    long long channel = tile.first / a.inner % a.channels, left = a.inner - tile.first % a.inner;
+    if (a.channels == 1) return body(0L, tile.n, 0LL, false);
+    const bool row = a.inner == 1;
+    for (long j = 0; j < tile.n; left = a.inner) {
+        const long run = std::min<long long>(tile.n - j, row ? a.channels - channel : left);
+        body(j, run, channel, row);
+        channel = row || channel + 1 == a.channels ? 0 : channel + 1;
+        j += run;
+    }
+}
+
 // Thresholds and their inverses of a tile's elements: of a single channel filled in once, else for every tile.
 struct Thresholds {
     const Arguments& a;
@@ -77,17 +90,12 @@ struct Thresholds {
     }
     void at(const Tile& tile) {
         if (a.channels == 1) return;
-        long long channel = tile.first / a.inner % a.channels, left = a.inner - tile.first % a.inner;
-        for (long j = 0; j < tile.n; left = a.inner) {
-            const bool row = a.inner == 1;
-            const long run = std::min<long long>(tile.n - j, row ? a.channels - channel : left);
+        for_channels(a, tile, [&](long j, long run, long long channel, bool row) {
             if (row)
                 std::memcpy(values + j, a.threshold + channel, run * sizeof(STATE_T));
             else
                 std::fill(values + j, values + j + run, a.threshold[channel]);
-            channel = row || channel + 1 == a.channels ? 0 : channel + 1;
-            j += run;
-        }
+        });
         if (a.grad_x) invert(tile.n);
     }
     void invert(long n) {
@@ -95,30 +103,23 @@ struct Thresholds {
     }
 };
 
-// Values of a tile at every step, on the heap only where they are many.
-struct Steps {
-    alignas(64) STATE_T few[CACHED];
+// Numbers on the stack, or on the heap where they are more than `most`; null if there is no memory.
+template <long most> struct Buffer {
+    alignas(64) STATE_T few[most];
     STATE_T* values = few;
 
-    Steps(long long T, long size) {
-        if (T * size > CACHED) values = (STATE_T*)std::aligned_alloc(64, T * size * sizeof(STATE_T));
+    explicit Buffer(long long count) {
+        if (count > most) values = (STATE_T*)std::aligned_alloc(64, (count * sizeof(STATE_T) + 63) / 64 * 64);
     }
-    ~Steps() {
+    ~Buffer() {
         if (values != few) std::free(values);
     }
 };
 
-// factor * base^t of every step, on the heap only where they are many.
-struct Powers {
-    STATE_T few[64];
-    STATE_T* values = few;
-
-    Powers(long long T, double base, double factor = 1) {
-        if (T > 64) values = (STATE_T*)std::malloc(T * sizeof(STATE_T));
+// factor * base^t of every step.
+struct Powers : Buffer<64> {
+    Powers(long long T, double base, double factor = 1) : Buffer(T) {
         for (long long t = 0; values && t < T; ++t) values[t] = (STATE_T)(factor * std::pow(base, (double)t));
-    }
-    ~Powers() {
-        if (values != few) std::free(values);
     }
 };
 
@@ -143,6 +144,22 @@ static void start_tile(const Arguments& a, const Tile& tile, STATE_T* v) {
         std::fill(v, v + tile.n, (STATE_T)a.start);
 }
 
+// Takes a tile's membranes through all steps: to the spikes, in a forward; to h, `size` elements a step, in a backward.
+template <bool once> INLINE void run_steps(
+    const Arguments& a, const Tile& tile, const STATE_T* threshold, STATE_T* v, STATE_T* h, long size,
+    const Numbers<Lanes>& numbers) {
+    for (long long t = 0; t < a.T; ++t) {
+        SPIKE_T* spikes = h ? nullptr : a.spikes + t * a.frame + tile.first;
+        const bool streams = !h && streams_to(spikes, a.T * a.frame * sizeof(SPIKE_T));
+        const IO_T* x = a.x + tile.x + (once ? 0 : t * a.x_step);
+        STATE_T* kept = h ? h + t * size : nullptr;
+        if (!once || (t == 0 && !a.started))
+            step_tile<true>(x, spikes, streams, v, kept, threshold, tile.n, numbers);
+        else
+            step_tile<false>(x, spikes, streams, v, kept, threshold, tile.n, numbers);
+    }
+}
+
 extern "C" int forward(const Arguments* arguments) {
     const Arguments& a = *arguments;
     const Numbers<Lanes> numbers = numbers_of<Lanes>(a);
@@ -154,15 +171,7 @@ extern "C" int forward(const Arguments* arguments) {
             const Tile tile = tiles[i];
             thresholds.at(tile);
             start_tile(a, tile, v);
-            for (long long t = 0; t < a.T; ++t) {
-                SPIKE_T* spikes = a.spikes + t * a.frame + tile.first;
-                const bool streams = streams_to(spikes, a.T * a.frame * sizeof(SPIKE_T));
-                const IO_T* x = a.x + tile.x + (INJECT_FIRST ? 0 : t * a.x_step);
-                if (!INJECT_FIRST || (t == 0 && !a.started))
-                    step_tile<true>(x, spikes, streams, v, nullptr, thresholds.values, tile.n, numbers);
-                else
-                    step_tile<false>(x, spikes, streams, v, nullptr, thresholds.values, tile.n, numbers);
-            }
+            run_steps<INJECT_FIRST>(a, tile, thresholds.values, v, nullptr, 0, numbers);
             if (!a.v_last) continue;
             const bool streams = streams_to(a.v_last + tile.first, a.frame * sizeof(STATE_T));
             for_lanes(tile.n, [&](long j, auto count) {
@@ -219,17 +228,6 @@ extern "C" int forward_sum(const Arguments* arguments) {
 
 // ---- backward: h of every step is computed again and stays in the cache, then the steps are walked back
 
-template <bool sum> static void
-recompute(const Arguments& a, const Tile& tile, const STATE_T* threshold, STATE_T* v, STATE_T* h, long size, const Numbers<Lanes>& numbers) {
-    for (long long t = 0; t < a.T; ++t) {
-        const IO_T* x = a.x + tile.x + (INJECT_FIRST || sum ? 0 : t * a.x_step);
-        if ((!INJECT_FIRST && !sum) || (t == 0 && !a.started))
-            step_tile<true>(x, nullptr, false, v, h + t * size, threshold, tile.n, numbers);
-        else
-            step_tile<false>(x, nullptr, false, v, h + t * size, threshold, tile.n, numbers);
-    }
-}
-
 struct Carried {
     alignas(64) STATE_T gradient[MOST];
     alignas(64) STATE_T threshold[MOST];
@@ -253,25 +251,18 @@ template <bool of_threshold> static void step_back(
 
 // Runs of one channel are summed over lanes first, rows of channels added lane by lane.
 static void add_to_channels(const Arguments& a, const Tile& tile, const STATE_T* values, double* channels) {
-    long long channel = tile.first / a.inner % a.channels, left = a.inner - tile.first % a.inner;
-    const bool single = a.channels == 1;
-    for (long j = 0; j < tile.n; left = a.inner) {
-        const bool row = a.inner == 1 && !single;
-        const long run = std::min<long long>(tile.n - j, single ? tile.n : row ? a.channels - channel : left);
+    for_channels(a, tile, [&](long j, long run, long long channel, bool row) {
         if (row) {
             for (long k = 0; k < run; ++k) channels[channel + k] += values[j + k];
-            channel = 0;
-        } else {
-            double lanes[8] = {};
-            long k = 0;
-            for (; k + 8 <= run; k += 8)
-                for (long lane = 0; lane < 8; ++lane) lanes[lane] += values[j + k + lane];
-            for (; k < run; ++k) lanes[0] += values[j + k];
-            for (double sum : lanes) channels[channel] += sum;
-            channel = channel + 1 == a.channels ? 0 : channel + 1;
+            return;
         }
-        j += run;
-    }
+        double lanes[8] = {};
+        long k = 0;
+        for (; k + 8 <= run; k += 8)
+            for (long lane = 0; lane < 8; ++lane) lanes[lane] += values[j + k + lane];
+        for (; k < run; ++k) lanes[0] += values[j + k];
+        for (double sum : lanes) channels[channel] += sum;
+    });
 }
 
 template <bool sum> static void back_tile(
@@ -280,7 +271,7 @@ template <bool sum> static void back_tile(
     constexpr bool delayed = reset_kind == SOFT_DELAYED, once = INJECT_FIRST || sum;
     alignas(64) STATE_T v[MOST];
     start_tile(a, tile, v);
-    recompute<sum>(a, tile, thresholds.values, v, h, size, numbers);
+    run_steps<once>(a, tile, thresholds.values, v, h, size, numbers);
     const long padded = std::min<long>(MOST, (tile.n + LANES - 1) / LANES * LANES);
     std::fill(carried.gradient, carried.gradient + padded, (STATE_T)0);
     std::fill(carried.threshold, carried.threshold + padded, (STATE_T)0);
@@ -318,7 +309,7 @@ template <bool sum> static int back(const Arguments& a) {
     in_parallel(failed ? 0 : chunks, a.threads, [&](long long from, long long to) {
         Thresholds thresholds(a);
         Carried carried;
-        Steps h(a.T, size);
+        Buffer<CACHED> h(a.T * size);
         if (!h.values) failed = true;
         for (long long chunk = from; chunk < to && !failed; ++chunk) {
             for (long long i = chunk * tiles.count / chunks; i < (chunk + 1) * tiles.count / chunks; ++i) {

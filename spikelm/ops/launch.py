@@ -57,7 +57,7 @@ class Launcher:
         spikes = _empty((T, *frame_shape), spike_dtype, x) if single else _like(x, spike_dtype)
         v_last = _empty(frame_shape, threshold.dtype, x) if keep_state else None
         what = read(x, None, single, False)
-        v, threshold = _dense(v), threshold.resolve_neg().contiguous()
+        v, threshold = None if v is None else _dense(v), _dense(threshold)
         tensors = (what.x, v, threshold, spikes, v_last, None, None, None, None, None)
         channels = channels_of(threshold.shape, frame_shape)
         self.run("forward", kernel, spike_dtype, tensors, T, what, channels, (started, start, 1.0, 1.0))
@@ -79,7 +79,7 @@ class Launcher:
         """
         total = _like(x, spike_dtype)
         what = read(x, None, True, True)
-        threshold = threshold.resolve_neg().contiguous()
+        threshold = _dense(threshold)
         tensors = (what.x, None, threshold, total, None, None, None, None, None, None)
         channels, options = channels_of(threshold.shape, x.shape), (False, 0.0, frame_weight, sum_scale)
         self.run("forward_sum", kernel, spike_dtype, tensors, T, what, channels, options)
@@ -107,7 +107,8 @@ class Launcher:
         grad_v = _empty(frame_shape, threshold.dtype, x) if needs_v else None
         sums = _empty((threshold.numel(),), torch.float64, x) if needs_threshold else None
         what = read(x, grad_spikes, kernel.inject_first, False)
-        v, grad_v_last, dense = _dense(v), _dense(grad_v_last), threshold.resolve_neg().contiguous()
+        v, grad_v_last = (None if tensor is None else _dense(tensor) for tensor in (v, grad_v_last))
+        dense = _dense(threshold)
         tensors = (what.x, v, dense, None, None, what.grad_spikes, grad_v_last, grad_x, grad_v, sums)
         channels = channels_of(threshold.shape, frame_shape)
         self.run("backward", kernel, x.dtype, tensors, T, what, channels, (started, start, 1.0, 1.0))
@@ -127,7 +128,7 @@ class Launcher:
         grad_x = _like(x, x.dtype)
         sums = _empty((threshold.numel(),), torch.float64, x) if needs_threshold else None
         what = read(x, grad, True, True)
-        dense = threshold.resolve_neg().contiguous()
+        dense = _dense(threshold)
         tensors = (what.x, None, dense, None, None, what.grad_spikes, None, grad_x, None, sums)
         channels, options = channels_of(threshold.shape, x.shape), (False, 0.0, frame_weight, 1.0)
         self.run("backward_sum", kernel, x.dtype, tensors, T, what, channels, options)
@@ -142,5 +143,5 @@ def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.resolve_neg().contiguous()
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_neg().contiguous()

@@ -137,11 +137,11 @@ def pack(
     T: int,
     what: Read,
     channels: tuple[int, int],
-    started: bool = False,
-    start: float = 0.0,
-    frame_weight: float = 1.0,
-    sum_scale: float = 1.0,
-    threads: int = 1,
+    started: bool,
+    start: float,
+    frame_weight: float,
+    sum_scale: float,
+    threads: int,
 ) -> bytes:
     """struct Arguments. ``tensors`` in its order: x, v, threshold, spikes, v_last, grad_spikes, grad_v_last, grad_x,
     grad_v, grad_threshold, scratch; None is a null pointer."""

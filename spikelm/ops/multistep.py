@@ -216,7 +216,7 @@ def _check(x: torch.Tensor, frame: torch.Size, v: torch.Tensor | None, threshold
         raise SpikelmError(f"x must be a floating-point tensor; got {x.dtype}")
     if x.layout != torch.strided:
         raise SpikelmError(f"x must be a dense tensor (torch.strided); got {x.layout}")
-    state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    state = reference.state_dtype(x.dtype)
     if threshold.dtype != state or threshold.device != x.device:
         raise SpikelmError(
             f"threshold must be {state} on {x.device} for x of {x.dtype}; got {threshold.dtype} on {threshold.device}"

@@ -68,7 +68,7 @@ NIGHTLY_MUTANTS: dict[str, tuple[Case, bool, str, str]] = {
     "a chunk left out": (MANY, False, "chunk < chunks; ++chunk) total", "chunk + 1 < chunks; ++chunk) total"),
     "a tile left out": (MANY, False, "i = chunk * tiles.count / chunks;", "i = chunk * tiles.count / chunks + 1;"),
     "the next channel": (CHANNELS, False, "channel = row || channel + 1 ==", "channel = row || channel + 2 =="),
-    "input that enters twice": (STARTED, False, "if (!INJECT_FIRST || (t == 0 && !a.started))", "if (t == 0)"),
+    "input that enters twice": (STARTED, False, "if (!once || (t == 0 && !a.started))", "if (t == 0)"),
     "weights of the sum": (IN_BF16, True, "std::pow(base, (double)t)", "std::pow(base, (double)t + 1)"),
     "weights of the sum's gradient": (IN_BF16, True, "sum ? weights[t] : 1", "sum ? weights[0] : 1"),
     "a threshold scaled the wrong way": (SHARED, True, ": 1, 1 / a.decay,", ": 1, a.decay,"),

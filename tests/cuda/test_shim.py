@@ -155,7 +155,8 @@ def test_places_beyond_two_to_the_31(shim: Shim) -> None:
     threshold, kernel = torch.tensor([0.25, 0.5, 0.75]), kernel_for(PLAIN)
     channels, inner = channels_of((3, 1, 1), x.shape[1:])
     tensors = (None, None, threshold, *[None] * 8)
-    arguments = pack(kernel, tensors, 4, read(x, None, False, False), (channels, inner)) + bytes(128)
+    options = (False, 0.0, 1.0, 1.0, 1)
+    arguments = pack(kernel, tensors, 4, read(x, None, False, False), (channels, inner), *options) + bytes(128)
     library = shim.library(launch.definitions(kernel.definitions, x.dtype, x.dtype, "FORWARD", 4, 1, False))
     frame = x[0].numel()
     for i in (0, 47, 48, 2**31 - 1, 2**31, 2**32 + 77, 2**35 + 12345, frame - 1):
