@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "calibrate", "spikify", "use_backend"]
+__all__ = ["Recipe", "calibrate", "deploy", "spikify", "use_backend"]
 
 if find_spec("spikingjelly") is not None:
     from spikelm.ops.multistep import use_backend
@@ -20,6 +20,7 @@ if find_spec("transformers") is not None and find_spec("spikingjelly") is not No
         import spikelm.models  # noqa: F401
         from spikelm.calibrate import calibrate
         from spikelm.convert import Recipe, spikify
+        from spikelm.deploy import deploy
     except ImportError as error:  # an older transformers; the neurons work without it
         _reason = str(error)
         warnings.warn(f"spikelm's models and checkpoints are not available: {error}", stacklevel=2)

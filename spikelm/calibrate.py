@@ -13,8 +13,7 @@ from torch import nn
 from spikelm.convert import fold_threshold, recipe_of, remember, spike_sites
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import evaluation_mode
-from spikelm.layers.spiking_linear import SpikingLinear
-from spikelm.neurons import ATMN
+from spikelm.layers.spiking_linear import SiteNeuron, SpikingLinear
 
 CANDIDATES = torch.logspace(-1.1, 0.7, 28, base=10.0)  # thresholds tried, in root mean squares of the channel
 
@@ -34,41 +33,56 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, tokens_per_site: int = 4096) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    tokens_per_site: int = 4096,
+    max_sum_of_rates: float | None = None,
+) -> None:
     """Per channel, chooses the V that minimises E (x - V encode_sum(x / V))^2 and folds it into the weights [ours].
 
     x are the inputs the projections see in the dense model on ``batches`` (mappings of the model's forward arguments),
     padding left out; the first ``tokens_per_site`` tokens are kept. Call once, on a model fresh from
     :func:`spikelm.spikify`.
 
+    Args:
+        max_sum_of_rates: only thresholds at which a channel's mean of sum_t |s_t| is no larger, > 0. None: any.
+
     Raises:
         SpikelmError: the model has no spiking projection, is calibrated already, or ``batches`` holds no token.
     """
+    if max_sum_of_rates is not None and not max_sum_of_rates > 0:
+        raise SpikelmError(f"max_sum_of_rates must be > 0 or None; got {max_sum_of_rates!r}")
     recipe = recipe_of(model)
-    if recipe is None or recipe.calibrated:
-        state = "is calibrated already" if recipe else "is not spiking: call spikify first"
+    if recipe is None or recipe.calibrated or recipe.deployed:
+        state = "is not spiking: call spikify first" if recipe is None else "is calibrated or deployed already"
         raise SpikelmError(f"calibrate takes a freshly spikified model; this one {state}")
     inputs = _record_inputs(model, batches, tokens_per_site)
-    for name, owner in spike_sites(model).items():
-        fold_threshold(model, owner, best_threshold(owner.neuron, inputs[name]))
+    with evaluation_mode(model):  # a training-only path of the neuron is no part of its code
+        for name, owner in spike_sites(model).items():
+            fold_threshold(model, owner, best_threshold(owner.neuron, inputs[name], max_sum_of_rates))
     remember(model, replace(recipe, calibrated=True))
 
 
-def best_threshold(neuron: ATMN, x: torch.Tensor) -> torch.Tensor:
+def best_threshold(neuron: SiteNeuron, x: torch.Tensor, max_sum_of_rates: float | None = None) -> torch.Tensor:
     """V [channels] among CANDIDATES * rms(x) that codes x [tokens, channels] with the least squared error.
 
-    Leaves the neuron's own threshold at the last candidate.
+    Candidates at which a channel spikes more than ``max_sum_of_rates`` are left out; the largest never is. Leaves the
+    neuron's own threshold at the last candidate.
     """
     x = x.float()
     scale = x.square().mean(0).sqrt()
     scale = scale.clamp_min(1e-3 * float(scale.square().mean().sqrt()) + 1e-12)
     best_error = torch.full_like(scale, float("inf"))
-    best = scale.clone()
+    best = CANDIDATES[-1].item() * scale
     for candidate in CANDIDATES.tolist():
         V = candidate * scale
         neuron.v_threshold = V
         error = (x - V * neuron.encode_sum(x)).square().mean(0)
         better = error < best_error
+        if max_sum_of_rates is not None:
+            better &= neuron.encode(x).abs().sum(0).mean(0) <= max_sum_of_rates
         best, best_error = torch.where(better, V, best), torch.where(better, error, best_error)
     return best
 

@@ -6,14 +6,17 @@ configuration names; ours puts the neurons in. So a spiking model needs no loade
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikelm.convert import Recipe, spike_sites, spikify
+from spikelm.deploy import deploy
 from spikelm.errors import SpikelmError
 
 
@@ -43,20 +46,20 @@ class SpikingQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Spiking models train with surrogate gradients."""
-        return True
+        """Spiking models train with surrogate gradients; deployed ones do not train."""
+        return self.quantization_config.to_recipe().deployed is None
 
     @property
     def is_qat_trainable(self) -> bool:
         """All weights train, no adapter is needed."""
-        return True
+        return self.is_trainable
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saved as they are."""
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        spikify(model, self.quantization_config.to_recipe())
+        spikify(model, replace(self.quantization_config.to_recipe(), deployed=None))
         # Rounded to 16 bit, thresholds would give other spikes than the saved model's.
         keep: Any = model
         keep._keep_in_fp32_modules_strict = {*(keep._keep_in_fp32_modules_strict or ()), "neuron"}
@@ -69,4 +72,14 @@ class SpikingQuantizer(HfQuantizer):
             raise SpikelmError(f"the checkpoint has no thresholds (neuron.a) for {', '.join(unset)}")
         for owner in unset.values():
             owner.neuron.v_threshold = recipe.neuron_arguments.get("v_threshold", 1.0)
+        if recipe.deployed:
+            _deploy_as(model, **dict(recipe.deployed))
         return model
+
+
+def _deploy_as(model: nn.Module, form: str | None = None, accumulate_dtype: str | None = None) -> None:
+    """deploy(), from what the recipe of a deployed model says."""
+    dtype = None if accumulate_dtype is None else getattr(torch, accumulate_dtype, None)
+    if accumulate_dtype is not None and not isinstance(dtype, torch.dtype):
+        raise SpikelmError(f"accumulate_dtype must name a dtype of torch; got {accumulate_dtype!r}")
+    deploy(model, str(form), dtype)

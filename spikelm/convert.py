@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from spikelm.bypass import forbid_bypass
 from spikelm.errors import SpikelmError
-from spikelm.layers.spiking_linear import SpikingLinear
-from spikelm.neurons import ATMN
+from spikelm.layers.spiking_linear import SiteNeuron, SpikingLinear
+from spikelm.neurons import ATMN, TILIF
 
-NEURONS: dict[str, type[ATMN]] = {"ATMN": ATMN}
-
-# Site name -> the projections behind one bank of neurons, as patterns over module names.
-PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
-    # MAR: before every fully connected unit of a Llamba block
-    "mar": {
-        "mixer_in": ("*.mixer.in_proj",),
-        "mixer_out": ("*.mixer.out_proj",),
-        "ffn_in": ("*.mlp.gate_proj", "*.mlp.up_proj"),
-        "ffn_out": ("*.mlp.down_proj",),
-    },
-    # The same places of a Llama that keeps its attention
-    "llama": {
-        "attention_in": ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj"),
-        "attention_out": ("*.self_attn.o_proj",),
-        "ffn_in": ("*.mlp.gate_proj", "*.mlp.up_proj"),
-        "ffn_out": ("*.mlp.down_proj",),
-    },
-}
+# The neurons that a recipe can name.
+NEURONS: dict[str, type[SiteNeuron]] = {"ATMN": ATMN, "TILIF": TILIF}
 
 
 @dataclass(frozen=True)
@@ -46,12 +30,14 @@ class Recipe:
         neuron_arguments: passed to the neuron; ``surrogate_function`` is the name of a SpikingJelly surrogate, or a
             mapping with "name" and its arguments.
         calibrated: set by :func:`spikelm.calibrate`: thresholds are chosen and folded into the weights.
+        deployed: set by :func:`spikelm.deploy`: its ``form`` and the name of its ``accumulate_dtype``.
     """
 
     sites: Mapping[str, Sequence[str]]
     neuron: str = "ATMN"
     neuron_arguments: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
+    deployed: Mapping[str, str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.neuron not in NEURONS:
@@ -60,18 +46,19 @@ class Recipe:
             raise SpikelmError("sites must map at least one site name to a non-empty list of module-name patterns")
 
     @classmethod
-    def preset(cls, name: str, *, neuron: str = "ATMN", **neuron_arguments: Any) -> Recipe:
-        """The sites of ``PRESETS[name]`` with a neuron and its arguments."""
+    def preset(cls, name: str, *, neuron: str | None = None, **neuron_arguments: Any) -> Recipe:
+        """The sites and, where no other is given, the neuron of ``PRESETS[name]``, with the neuron's arguments."""
         if name not in PRESETS:
             raise SpikelmError(f"the recipe presets are {', '.join(PRESETS)}; got {name!r}")
-        return cls(PRESETS[name], neuron, neuron_arguments)
+        preset = PRESETS[name]
+        return replace(preset, neuron=neuron or preset.neuron, neuron_arguments=neuron_arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         sites = {name: list(patterns) for name, patterns in self.sites.items()}
         return asdict(self) | {"sites": sites, "neuron_arguments": dict(self.neuron_arguments)}
 
-    def make_neuron(self, num_channels: int) -> ATMN:
+    def make_neuron(self, num_channels: int) -> SiteNeuron:
         """A bank of ``num_channels`` neurons."""
         arguments = dict(self.neuron_arguments)
         try:
@@ -82,6 +69,30 @@ class Recipe:
             raise SpikelmError(
                 f"neuron_arguments {dict(self.neuron_arguments)} do not fit {self.neuron}: {error}"
             ) from error
+
+
+PRESETS: dict[str, Recipe] = {
+    # Before every fully connected unit of a Llamba block
+    "mar": Recipe(
+        {
+            "mixer_in": ("*.mixer.in_proj",),
+            "mixer_out": ("*.mixer.out_proj",),
+            "ffn_in": ("*.mlp.gate_proj", "*.mlp.up_proj"),
+            "ffn_out": ("*.mlp.down_proj",),
+        }
+    ),
+    # The same places of a Llama that keeps its attention
+    "llama": Recipe(
+        {
+            "attention_in": ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj"),
+            "attention_out": ("*.self_attn.o_proj",),
+            "ffn_in": ("*.mlp.gate_proj", "*.mlp.up_proj"),
+            "ffn_out": ("*.mlp.down_proj",),
+        }
+    ),
+    # The two projections of a Mamba-2 mixer: transformers' Mamba2ForCausalLM, and a Llamba, whose MLP stays dense
+    "spikingmamba": Recipe({"mixer_in": ("*.mixer.in_proj",), "mixer_out": ("*.mixer.out_proj",)}, "TILIF"),
+}
 
 
 def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
@@ -98,6 +109,8 @@ def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
             in their input size, or the model is spiking already. The model is then unchanged.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    if recipe.deployed:
+        raise SpikelmError("the recipe is a deployed model's: spikify takes the training form, deploy makes the other")
     if any(isinstance(module, SpikingLinear) for module in model.modules()):
         raise SpikelmError("the model is spiking already; spikify a dense model")
     banks = _find_banks(model, recipe)
@@ -109,6 +122,7 @@ def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
             layer = SpikingLinear.from_linear(linear, neuron, shares_with=owner)
             owner = owner or layer
             model.set_submodule(name, layer)
+    forbid_bypass(model)
     remember(model, recipe)
     return model
 

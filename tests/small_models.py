@@ -1,6 +1,7 @@
 """Models that several test files build."""
 
 import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 
@@ -19,3 +20,21 @@ def llamba() -> LlambaForCausalLM:
                 ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8},
             )
         ).eval()
+
+
+def mamba2() -> Mamba2ForCausalLM:
+    """A fresh random Mamba2 of transformers in eval mode, the same at every call: 2 layers, width 32, vocabulary 64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Mamba2Config(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_heads=8,
+            head_dim=8,
+            state_size=16,
+            n_groups=2,
+            chunk_size=8,
+            tie_word_embeddings=True,
+        )
+        return Mamba2ForCausalLM(config).eval()

@@ -10,7 +10,7 @@ from spikelm import Recipe, calibrate, spikify
 from spikelm.calibrate import CANDIDATES, best_threshold, dense
 from spikelm.convert import recipe_of, spike_sites
 from spikelm.errors import SpikelmError
-from spikelm.neurons import ATMN
+from spikelm.neurons import ATMN, TILIF
 from tests.small_models import llamba
 
 
@@ -48,6 +48,50 @@ def test_best_threshold_of_dead_channels_is_positive() -> None:
     neuron = ATMN(num_channels=3)
     neuron.v_threshold = V = best_threshold(neuron, x)
     assert (V * neuron.encode_sum(x))[0, 2].item() == pytest.approx(2.5, rel=0.1)
+
+
+def test_thresholds_can_be_held_to_a_rate() -> None:
+    """Of Gaussian channels the finest code spikes 1.5 times a token; the limit takes the finest that it allows."""
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1.0, 7.0])
+    chosen = {}
+    for limit in (None, 0.9, 0.5):
+        neuron = TILIF(D=4, num_channels=3)
+        chosen[limit] = neuron.v_threshold = best_threshold(neuron, x, limit)
+        rate = neuron.encode(x).abs().sum(0).mean(0)
+        if limit is None:
+            assert bool((rate > 1.3).all())
+            continue
+        assert bool((rate <= limit).all())
+        larger = [V for V in CANDIDATES.tolist() if V * x.square().mean(0).sqrt()[0] < 0.999 * chosen[limit][0]]
+        neuron.v_threshold = larger[-1] * x.square().mean(0).sqrt()
+        assert bool((neuron.encode(x).abs().sum(0).mean(0) > limit).any()), "the next finer one spikes more"
+    assert bool((chosen[0.5] > chosen[0.9]).all() and (chosen[0.9] > chosen[None]).all())
+
+
+def test_a_limit_that_only_silence_meets_and_one_that_is_refused() -> None:
+    x = torch.full((100, 1), 3.0)
+    neuron = TILIF(D=4, num_channels=1)
+    neuron.v_threshold = V = best_threshold(neuron, x, 1e-6)
+    assert V.item() > 6 and not neuron.encode_sum(x).any()
+    spiky = torch.zeros(10_000, 1).index_fill(0, torch.tensor([0]), 100.0)  # a spike whatever the candidate
+    V = best_threshold(neuron, spiky, 1e-6)
+    assert V.item() == pytest.approx(CANDIDATES[-1].item(), rel=1e-5), "then the largest"
+    model = spikify(llamba(), "spikingmamba")
+    for limit in (0, -1.0, float("nan")):
+        with pytest.raises(SpikelmError, match="max_sum_of_rates must be > 0 or None"):
+            calibrate(model, batches(), max_sum_of_rates=limit)
+    calibrate(model, batches(), max_sum_of_rates=0.6)
+
+
+@pytest.mark.filterwarnings("ignore:no kernel for sgc='blend'")
+def test_a_training_only_path_has_no_part_in_it() -> None:
+    thresholds = []
+    for sgc in ("blend", None):
+        model = spikify(llamba().train(), Recipe.preset("spikingmamba", sgc=sgc))
+        calibrate(model, batches())
+        thresholds.append([owner.neuron.v_threshold for owner in spike_sites(model).values()])
+        assert all(module.training for module in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(*thresholds, strict=True))
 
 
 def coding_error(model: nn.Module) -> dict[str, float]:
@@ -139,7 +183,7 @@ def test_what_it_refuses() -> None:
         calibrate(model, [])
     calibrate(model, batches())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(SpikelmError, match="calibrated already"):
+    with pytest.raises(SpikelmError, match="calibrated or deployed already"):
         calibrate(model, batches())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

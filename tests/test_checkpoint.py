@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from spikelm import Recipe, calibrate, spikify
+from spikelm import Recipe, calibrate, deploy, spikify
 from spikelm.checkpoint import SpikingConfig
 from spikelm.convert import recipe_of, spike_sites
 from spikelm.errors import SpikelmError
-from spikelm.layers import SpikingLinear
+from spikelm.layers import SpikingLinear, TernaryLinear
 from spikelm.models.llamba import LlambaForCausalLM
-from tests.small_models import llamba
+from tests.small_models import llamba, mamba2
 
 
 def tokens() -> torch.Tensor:
@@ -26,6 +26,15 @@ def tokens() -> torch.Tensor:
 def spiking_llamba(**neuron_arguments: object) -> LlambaForCausalLM:
     model = llamba()
     spikify(model, Recipe.preset("mar", **neuron_arguments))
+    calibrate(model, [{"input_ids": tokens()}])
+    return model
+
+
+def spiking_mamba2() -> PreTrainedModel:
+    model = mamba2()
+    for parameter in model.parameters():
+        parameter.data.mul_(3 if parameter.dim() == 2 else 1)  # so that its text varies
+    spikify(model, Recipe.preset("spikingmamba", sgc="gradient"))
     calibrate(model, [{"input_ids": tokens()}])
     return model
 
@@ -56,7 +65,12 @@ for directory in sys.argv[2:]:
 def test_a_new_process_gives_the_same_greedy_tokens(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, repository: Path
 ) -> None:
-    models = {"llamba": spiking_llamba(tau=0.5, frame_weight=0.5), "llama": spiking_llama(tiny_llama)}
+    models = {
+        "llamba": spiking_llamba(tau=0.5, frame_weight=0.5),
+        "llama": spiking_llama(tiny_llama),
+        "mamba2": spiking_mamba2(),
+        "deployed": deploy(spiking_mamba2(), accumulate_dtype=torch.float64),
+    }
     torch.save(tokens(), tmp_path / "tokens.pt")
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
@@ -101,8 +115,33 @@ def test_a_second_round_trip(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
-    with pytest.raises(SpikelmError, match="calibrated already"):
+    with pytest.raises(SpikelmError, match="calibrated or deployed already"):
         calibrate(again, [{"input_ids": tokens()}])
+
+
+def test_a_deployed_model_comes_back_deployed(tmp_path: Path) -> None:
+    model = deploy(spiking_mamba2(), accumulate_dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    layers = [module for module in loaded.modules() if isinstance(module, SpikingLinear)]
+    assert len(layers) == 4
+    assert all(type(m) is TernaryLinear and m.accumulate_dtype == torch.float64 for m in layers)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert recipe_of(loaded).to_dict() == recipe_of(model).to_dict()
+    assert not loaded.hf_quantizer.is_trainable
+    with pytest.raises(SpikelmError, match="spikify takes the training form"):
+        spikify(mamba2(), recipe_of(loaded))
+    path = tmp_path / "config.json"
+    for deployed, message in (
+        ({"form": "binary"}, "form must be one of ternary; got 'binary'"),
+        ({"form": "ternary", "accumulate_dtype": "save"}, "accumulate_dtype must name a dtype of torch; got 'save'"),
+    ):
+        config = json.loads(path.read_text())
+        config["quantization_config"]["recipe"]["deployed"] = deployed
+        path.write_text(json.dumps(config))
+        with pytest.raises(SpikelmError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_recipe_is_plain_json_in_the_configuration(tmp_path: Path) -> None:

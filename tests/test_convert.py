@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_refused_recipe_leaves_the_model_unchanged(case: str) -> None:
 
 
 def test_recipes_that_cannot_be() -> None:
-    with pytest.raises(SpikelmError, match="the recipe presets are mar, llama; got 'rwkv'"):
+    with pytest.raises(SpikelmError, match="the recipe presets are mar, llama, spikingmamba; got 'rwkv'"):
         spikify(llamba(), "rwkv")
     with pytest.raises(SpikelmError, match="neuron must be one of .*ATMN.*; got 'LIF'"):
         Recipe.preset("mar", neuron="LIF")
@@ -209,7 +210,8 @@ def test_conversion_converges() -> None:
     assert 0.8 < slope.item() < 1.2
 
 
-def test_presets_name_sites_as_lists_of_patterns() -> None:
-    for sites in PRESETS.values():
-        assert len(sites) == 4
-        assert Recipe(sites).to_dict()["sites"] == {name: list(patterns) for name, patterns in sites.items()}
+def test_presets_have_their_papers_neurons_and_survive_json() -> None:
+    neurons = {"mar": ("ATMN", 4), "llama": ("ATMN", 4), "spikingmamba": ("TILIF", 2)}
+    assert {name: (recipe.neuron, len(recipe.sites)) for name, recipe in PRESETS.items()} == neurons
+    for recipe in PRESETS.values():
+        assert Recipe(**recipe.to_dict()) == replace(recipe, sites=recipe.to_dict()["sites"])

@@ -2,5 +2,6 @@
 
 from spikelm.layers.discrete_mamba2 import DiscreteMamba2
 from spikelm.layers.spiking_linear import SpikingLinear
+from spikelm.layers.ternary_linear import TernaryLinear
 
-__all__ = ["DiscreteMamba2", "SpikingLinear"]
+__all__ = ["DiscreteMamba2", "SpikingLinear", "TernaryLinear"]

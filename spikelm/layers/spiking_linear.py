@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spikelm.neurons import ATMN
+from spikelm.neurons import ATMN, TILIF
+
+SiteNeuron = ATMN | TILIF
+"""A neuron whose ``encode_sum`` a projection accumulates, with a threshold per channel."""
 
 
 class SpikingLinear(nn.Linear):
@@ -23,11 +26,16 @@ class SpikingLinear(nn.Linear):
         spiking: False passes x through: the dense model, as long as no threshold is folded into the weights.
     """
 
-    neuron: ATMN
+    neuron: SiteNeuron
     _consumers: int
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, neuron: ATMN, shares_with: SpikingLinear | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        neuron: SiteNeuron,
+        shares_with: SpikingLinear | None = None,
     ) -> None:
         with torch.device("meta"):  # from_linear brings the parameters
             super().__init__(in_features, out_features, bias=bias)
@@ -41,7 +49,9 @@ class SpikingLinear(nn.Linear):
         self._held: tuple[torch.Tensor, torch.Tensor, tuple[int, ...], int] | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, neuron: ATMN, shares_with: SpikingLinear | None = None) -> SpikingLinear:
+    def from_linear(
+        cls, linear: nn.Linear, neuron: SiteNeuron, shares_with: SpikingLinear | None = None
+    ) -> SpikingLinear:
         """Takes over the parameters of ``linear`` (the same tensors, not copies)."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, neuron, shares_with)
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -59,6 +69,7 @@ class SpikingLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [*, in_features] -> [*, out_features]."""
+        self.__dict__["_ran"] = True  # see spikelm.bypass; past nn.Module.__setattr__, which is slow
         if not self.spiking:
             return super().forward(x)
         owner = self._shares_with[0] if self._shares_with else self

@@ -1,0 +1,210 @@
+"""deploy: the model computes what it computed, without a multiplication behind its neurons."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spikelm import Recipe, calibrate, deploy, spikify
+from spikelm.convert import spike_sites
+from spikelm.deploy import FORMS
+from spikelm.energy import OperationCounter
+from spikelm.errors import SpikelmError
+from spikelm.evaluate import firing_statistics
+from spikelm.layers import SpikingLinear, TernaryLinear
+from spikelm.neurons import ATMN, TILIF
+from tests.small_models import llamba, mamba2
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Recipe]] = {
+    "mamba2-TILIF": (mamba2, Recipe.preset("spikingmamba", D=4)),
+    "mamba2-ATMN": (mamba2, Recipe.preset("spikingmamba", neuron="ATMN", T=4)),
+    "llamba-ATMN": (llamba, Recipe.preset("mar", T=4)),
+    "llamba-TILIF": (llamba, Recipe.preset("mar", neuron="TILIF", D=4, sgc="gradient", learn_threshold=True)),
+}
+IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def calibrated(name: str) -> PreTrainedModel:
+    make, recipe = MODELS[name]
+    model = spikify(make(), recipe)
+    calibrate(model, [{"input_ids": IDS}])
+    return model
+
+
+def cached_logits(model: PreTrainedModel, prompt: int) -> torch.Tensor:
+    """Logits of IDS, the first ``prompt`` tokens at once and the others one by one from the cache."""
+    outputs = model(IDS[:, :prompt], use_cache=True)
+    logits = [outputs.logits]
+    cache = "cache_params" if hasattr(outputs, "cache_params") else "past_key_values"
+    for token in IDS[:, prompt:].split(1, dim=1):
+        outputs = model(token, use_cache=True, **{cache: outputs[cache]})
+        logits.append(outputs.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_training_form_does(name: str) -> None:
+    model = calibrated(name)
+    rates = firing_statistics(model, [{"input_ids": row} for row in IDS.tolist()])["sites"]
+    assert all(site["sum_of_rates"] > 0.1 for site in rates.values())
+    with torch.no_grad():
+        expected = model(IDS).logits
+    scale = expected.abs().max()
+    for accumulate_dtype in (None, torch.float64):
+        deployed = deploy(copy.deepcopy(model), accumulate_dtype=accumulate_dtype)
+        logits = deployed(IDS).logits  # asks for no gradient, and needs no torch.no_grad
+        assert logits.dtype == torch.float32
+        assert (logits - expected).abs().max() < 1e-5 * scale
+        assert (cached_logits(deployed, 5) - logits).abs().max() < 1e-5 * scale
+    model = model.double()  # but transformers' Mamba2 keeps its scan in float32
+    with torch.no_grad():
+        expected = model(IDS).logits
+    assert (deploy(model)(IDS).logits - expected).abs().max() < (1e-5 if "mamba2" in name else 1e-13) * scale
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_is_the_same(name: str) -> None:
+    model = calibrated(name)
+    deployed = deploy(copy.deepcopy(model))
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    text, expected = deployed.generate(IDS, **settings), model.generate(IDS, **settings)
+    assert torch.equal(text, expected)
+    assert text.shape == (3, 28)
+    assert len({tuple(row.tolist()) for row in text[:, 12:]}) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_multiplication_behind_a_neuron(name: str, context: Callable[[], object]) -> None:
+    model = calibrated(name)
+    deployed = deploy(copy.deepcopy(model))
+    for tokens in ("prefill", "decode"):
+        with context():
+            cache = deployed(IDS, use_cache=True)
+            arguments = {key: cache[key] for key in ("cache_params", "past_key_values") if key in cache}
+            with OperationCounter(deployed) as counter:
+                deployed(IDS) if tokens == "prefill" else deployed(IDS[:, :1], use_cache=True, **arguments)
+        assert counter.operators("unknown") == {}
+        assert counter.number("multiplication") > 0  # the scan
+        for site, layer in deployed.named_modules():
+            if isinstance(layer, TernaryLinear):
+                for kind in ("multiplication", "function", "neuron"):
+                    assert counter.operators(kind, site, below=False) == {}
+                assert counter.number("accumulation", site, below=False) > 0
+    with context(), OperationCounter(model) as counter:
+        model(IDS)
+    site = next(iter(spike_sites(model)))
+    assert counter.operators("multiplication", site, below=False) == {"aten::mm": 1}
+
+
+def test_every_projection_is_replaced_and_nothing_trains() -> None:
+    model = calibrated("llamba-TILIF").train()
+    tensors = copy.deepcopy(model.state_dict())
+    shapes = {name: layer.weight.shape for name, layer in model.named_modules() if isinstance(layer, SpikingLinear)}
+    deployed = deploy(model)
+    assert deployed is model
+    assert {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, TernaryLinear)} == shapes
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    neurons = [module for module in model.modules() if isinstance(module, TILIF)]
+    assert len(neurons) == len(spike_sites(model)) == 8
+    assert all(neuron.sgc is None for neuron in neurons)
+    assert model.backbone.layers[0].mlp.up_proj.neuron is model.backbone.layers[0].mlp.gate_proj.neuron
+    state = model.state_dict()
+    assert list(state) == list(tensors)
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+
+
+def test_it_takes_the_tensors_of_a_training_checkpoint() -> None:
+    trained = calibrated("mamba2-TILIF")
+    deployed = deploy(spikify(mamba2(), MODELS["mamba2-TILIF"][1]))  # not calibrated
+    expected = trained(IDS).logits.detach()
+    assert not torch.allclose(deployed(IDS).logits, expected, atol=1e-3)
+    deployed.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(deployed(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["mamba2-TILIF", "llamba-ATMN"])
+def test_an_empty_batch(name: str) -> None:
+    deployed = deploy(calibrated(name))
+    site = next(layer for layer in deployed.modules() if isinstance(layer, TernaryLinear))
+    assert site(torch.zeros(0, 12, 32)).shape == (0, 12, site.out_features)
+
+
+def test_a_silent_model_runs() -> None:
+    model = calibrated("mamba2-TILIF")
+    for owner in spike_sites(model).values():
+        owner.neuron.v_threshold = 1e6
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(deploy(model)(IDS).logits, expected)
+
+
+def test_firing_statistics_are_those_of_the_training_form() -> None:
+    rows, model = [{"input_ids": row} for row in IDS.tolist()], calibrated("llamba-ATMN")
+    expected = firing_statistics(model, rows)
+    assert firing_statistics(deploy(model), rows) == expected
+
+
+def test_a_projection_under_two_names_stays_one() -> None:
+    block = nn.Module()
+    block.first = SpikingLinear.from_linear(nn.Linear(6, 6), ATMN(num_channels=6))
+    block.second = block.first
+    deploy(block)
+    assert isinstance(block.first, TernaryLinear)
+    assert block.second is block.first
+
+
+def test_an_owner_that_comes_after_those_it_shares_with() -> None:
+    recipe = Recipe({"mlp": ("*.mlp.up_proj", "*.mlp.gate_proj")})
+    model = spikify(llamba(), recipe)
+    assert model.backbone.layers[0].mlp.up_proj.owns_neuron
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(deploy(model)(IDS).logits, expected)
+    assert model.backbone.layers[0].mlp.gate_proj.neuron is model.backbone.layers[0].mlp.up_proj.neuron
+
+
+def test_calibration_comes_before() -> None:
+    deployed = deploy(spikify(mamba2(), "spikingmamba"))
+    expected = deployed(IDS).logits
+    with pytest.raises(SpikelmError, match="this one is calibrated or deployed already"):
+        calibrate(deployed, [{"input_ids": IDS}])
+    assert torch.equal(deployed(IDS).logits, expected)
+
+
+def refused(model: nn.Module, message: str, **arguments: object) -> None:
+    """deploy raises, and has changed nothing."""
+    before = {name: (module, module.training) for name, module in model.named_modules()}
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(SpikelmError, match=message):
+        deploy(model, **arguments)
+    assert {name: (module, module.training) for name, module in model.named_modules()} == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+def test_what_it_refuses() -> None:
+    refused(llamba().train(), "deploy takes a spiking model: spikify")
+    model = spikify(llamba(), "mar").train()
+    refused(model, f"form must be one of {', '.join(FORMS)}; got 'int8'", form="int8")
+    refused(
+        model,
+        "layers.0.mixer.in_proj: accumulate_dtype must be None or .* got torch.int64",
+        accumulate_dtype=torch.int64,
+    )
+    refused(model.backbone.layers[0].mlp.up_proj, "shares the neurons of a projection outside of the model")
+    binary = spikify(llamba(), Recipe.preset("mar", tau=0.5, frame_weight=0.5)).train()
+    refused(
+        binary, "layers.0.mixer.in_proj: .* frame_weight 1; got 0.5, by which every frame would have to be multiplied"
+    )
+    last = list(spike_sites(model).values())[-1]
+    last.neuron.frame_weight = 0.5  # found before anything is replaced
+    refused(model, "layers.1.mlp.down_proj: .* frame_weight 1; got 0.5")
+    last.neuron.frame_weight = 1.0
+    last.spiking = False
+    refused(model, r"layers.1.mlp.down_proj passes its input through \(spiking is False\)")
+    last.spiking = True
+    refused(deploy(model), "deployed already: backbone.layers.0.mixer.in_proj is a TernaryLinear")
