@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spikelm.errors import SpikelmError
+from spikelm.neurons import TILIF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,12 +113,13 @@ class _SiteCounts:
 
     def __init__(self, owner: "SpikingLinear") -> None:
         self.owner = owner
-        self.elements = 0
-        self.channels = 0
+        self.elements = self.channels = 0
+        self.clipped = torch.zeros((), dtype=torch.float64)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """The forward pre-hook: encode the projection's input [*, C] again and count its frames [T, *, C]."""
-        frames = self.owner.neuron.encode(inputs[0])
+        neuron = self.owner.neuron
+        frames = neuron.encode(inputs[0])
         per_step = frames.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
         positive = (frames > 0).sum(dtype=torch.float64).cpu()
         union = (frames != 0).any(0).sum(dtype=torch.float64).cpu()
@@ -129,6 +131,9 @@ class _SiteCounts:
             self.positive += positive
             self.union += union
         self.elements += frames[0].numel()
+        if isinstance(neuron, TILIF):
+            beyond = inputs[0].float().abs() > neuron.D * neuron.v_threshold
+            self.clipped += beyond.sum(dtype=torch.float64).cpu()
 
     def rates(self) -> dict[str, Any]:
         per_step = (self.per_step / self.elements).tolist()
@@ -137,6 +142,7 @@ class _SiteCounts:
             "union_rate": self.union.item() / self.elements,
             "rate_per_step": per_step,
             "positive_rate": self.positive.item() / self.elements,
+            "saturation": self.clipped.item() / self.elements if isinstance(self.owner.neuron, TILIF) else None,
             "channels": self.channels,
         }
 
@@ -149,8 +155,9 @@ def firing_statistics(
 
     Returns {"sites": {name: rates}, ...}; per site, averaged over tokens and channels: rate_per_step [T] is mean |s_t|,
     sum_of_rates its sum over t, union_rate the share that fires in any step, positive_rate the sum over t of the share
-    of +1 (so sum_of_rates - positive_rate is that of -1 for ternary spikes), channels. Over all sites: sum_of_rates and
-    union_rate weigh sites equally, sum_of_rates_weighted and union_rate_weighted weigh each by its channels.
+    of +1 (so sum_of_rates - positive_rate is that of -1 for ternary spikes), saturation the share of inputs with
+    |x| > D V (None for neurons other than TILIF, whose steps are its D frames), channels. Over all sites: sum_of_rates
+    and union_rate weigh sites equally, sum_of_rates_weighted and union_rate_weighted weigh each by its channels.
     Raises SpikelmError for a model without spiking sites or a site that the forward pass never reaches.
     """
     from spikelm.convert import spike_sites

@@ -103,6 +103,8 @@ def load_example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]
     def load(relative: str) -> ModuleType:
         path = REPOSITORY / "examples" / relative
         monkeypatch.syspath_prepend(str(path.parent))
+        for script in path.parent.glob("*.py"):  # every example has a settings.py
+            monkeypatch.delitem(sys.modules, script.stem, raising=False)
         name = "example_" + relative.removesuffix(".py").replace("/", "_")
         specification = importlib.util.spec_from_file_location(name, path)
         assert specification is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import spikelm
+from spikelm.experiment import Optimisation, Settings
 
 STAGES = ("orientation", "alignment", "stage1", "student")
 
@@ -21,24 +22,6 @@ class EmbeddedTeacher:
     intermediate_size: int = 176
     batch_size: int = 16
     learning_rate: float = 6e-3
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """One training run; steps=0 leaves it out. Values are ours, the paper prints none."""
-
-    steps: int = 0
-    batch_size: int = 16
-    learning_rate: float = 3e-3
-    threshold_learning_rate: float | None = None
-    gradient_accumulation: int = 1
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    save_steps: int = 500
-    bf16: bool = False
-    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,19 +76,10 @@ class Spiking:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything a run depends on."""
+class Config(Settings):
+    """Everything a run depends on. steps=0 leaves orientation or alignment out."""
 
-    output_dir: str
-    teacher: str = "embedded"
     stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one
-    data: str = "embedded"
-    text_field: str | None = None
-    streaming: bool = False
-    max_tokens: int | None = None
-    context_length: int = 128
-    held_out: float = 0.05
-    seed: int = 0
     stages: list[Literal["orientation", "alignment", "stage1", "student"]] = field(default_factory=lambda: list(STAGES))
     embedded_teacher: EmbeddedTeacher = EmbeddedTeacher()
     mixer: Mixer = Mixer()
@@ -114,6 +88,3 @@ class Config:
     distillation: Optimisation = Optimisation()
     divergence: Divergence = Divergence()
     spiking: Spiking = Spiking()
-    evaluation_contexts: int | None = None
-    prompt: str = "Once upon a time"
-    sample_tokens: int = 60

@@ -1,4 +1,4 @@
-"""What every Python carries: its English documentation; a tokenizer and a small Llama trained on it on the spot."""
+"""What every Python carries: its English documentation; a tokenizer and a small teacher trained on it on the spot."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spikelm.data.text import text_contexts
 from spikelm.errors import SpikelmError
@@ -35,6 +35,28 @@ TYPOGRAPHIC = str.maketrans(
         "\u2022": "*",
     }
 )
+
+# What train_teacher can train, and the shape it has unless told otherwise. [ours]
+TEACHERS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 176,
+        "initializer_range": 0.06,  # learns faster than 0.02 at this width
+    },
+    "mamba2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "state_size": 16,
+        "head_dim": 16,
+        "expand": 2,
+        "n_groups": 1,
+        "chunk_size": 32,
+        "initializer_range": 0.06,
+    },
+}
 
 
 @lru_cache(maxsize=1)
@@ -141,28 +163,29 @@ def train_teacher(
     output_dir: str | Path,
     text: str,
     *,
+    model_type: str = "llama",
     vocab_size: int = 512,
     context_length: int = 128,
-    hidden_size: int = 64,
-    num_hidden_layers: int = 4,
-    num_attention_heads: int = 8,
-    num_key_value_heads: int = 4,
-    intermediate_size: int = 176,
     steps: int,
     batch_size: int = 16,
     learning_rate: float = 6e-3,
     held_out: float = 0.05,
     seed: int = 0,
+    **shape: int | float,
 ) -> Path:
-    """Train a tokenizer and a Llama with tied embeddings on `text`; returns the directory, which appears when whole.
+    """Train a tokenizer and a model with tied embeddings on `text`; returns the directory, which appears when whole.
 
     The last `held_out` of the contexts is not trained on: the part that load_contexts holds out of the same text at
     the same context length.
     A directory that exists and is not empty is refused; an interrupted training goes on from its last checkpoint in
     "<output_dir>.training" when it is called again.
+
+    Args:
+        model_type: "llama" (LlamaForCausalLM) or "mamba2" (Mamba2ForCausalLM).
+        shape: entries of the model's configuration, those that TEACHERS[model_type] names.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+    from torch import nn
+    from transformers import AutoModelForCausalLM, set_seed
 
     from spikelm.distill.objectives import NextToken
     from spikelm.distill.trainer import train
@@ -170,28 +193,15 @@ def train_teacher(
     target = Path(output_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise SpikelmError(f"{target} exists already; give train_teacher a directory that does not exist or is empty")
+    _check_shape(model_type, shape)
     tokenizer = train_tokenizer(text, vocab_size, model_max_length=context_length)
     contexts, _ = text_contexts(text, tokenizer, context_length, held_out)
     set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        max_position_embeddings=context_length,
-        initializer_range=0.06,  # [ours] learns faster than 0.02 at this width
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,  # pad is eos; its embedding must be trained
-    )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(_teacher_config(model_type, shape, tokenizer, context_length))
     training, partial = (target.with_name(target.name + suffix) for suffix in (".training", ".partial"))
     train(
         model,
-        torch.nn.Identity(),  # nobody teaches it
+        nn.Identity(),  # nobody teaches it
         contexts,
         NextToken(),
         output_dir=training,
@@ -209,3 +219,32 @@ def train_teacher(
     os.replace(partial, target)
     shutil.rmtree(training)
     return target
+
+
+def _check_shape(model_type: str, shape: dict[str, int | float]) -> None:
+    if model_type not in TEACHERS:
+        raise SpikelmError(f"model_type must be one of {', '.join(TEACHERS)}; got {model_type!r}")
+    unknown = [name for name in shape if name not in TEACHERS[model_type]]
+    if unknown:
+        raise SpikelmError(f"a {model_type} teacher takes {', '.join(TEACHERS[model_type])}; got {', '.join(unknown)}")
+
+
+def _teacher_config(
+    model_type: str, shape: dict[str, int | float], tokenizer: "PreTrainedTokenizerFast", context_length: int
+) -> Any:
+    from transformers import AutoConfig
+
+    settings = TEACHERS[model_type] | shape
+    if model_type == "llama":
+        settings |= {"max_position_embeddings": context_length}
+    else:
+        settings |= {"num_heads": settings["expand"] * settings["hidden_size"] // settings["head_dim"]}
+    return AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,  # pad is eos; its embedding must be trained
+        **settings,
+    )

@@ -2,7 +2,7 @@
 train`.
 """
 
-from spikelm.distill.objectives import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
+from spikelm.distill.objectives import SBDS, HiddenAlignment, HiddenMatch, LogitDistillation, MatrixOrientation
 from spikelm.distill.taps import Taps
 
-__all__ = ["SBDS", "HiddenAlignment", "LogitDistillation", "MatrixOrientation", "Taps"]
+__all__ = ["SBDS", "HiddenAlignment", "HiddenMatch", "LogitDistillation", "MatrixOrientation", "Taps"]

@@ -13,9 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spikelm.distill.checkpoints import write_text_atomically
+from spikelm.errors import SpikelmError
+from spikelm.neurons.tilif import TILIF, anneal_sgc
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -67,6 +70,40 @@ class MetricsFile(TrainerCallback):
         line = {"step": state.global_step, **logs, "wall_s": round(time.perf_counter() - self._start, 3)}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+class CompensationWeight(TrainerCallback):
+    """Logs ``sgc_weight`` of the student's TILIF neurons, which it lowers during the training where ``end`` is given.
+
+    The weight goes from what the student comes with to 0 at ``end``, a share of the steps; see
+    :func:`spikelm.neurons.tilif.anneal_sgc`. None keeps it. [ours]
+    """
+
+    def __init__(self, student: nn.Module, end: float | None) -> None:
+        self.neurons = [module for module in student.modules() if isinstance(module, TILIF)]
+        if not self.neurons:
+            raise SpikelmError(f"{type(student).__name__} has no TILIF neuron, hence no sgc_weight")
+        self.student, self.start, self.end = student, self.neurons[0].sgc_weight, end
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.end is not None:
+            # The last step is at progress 1, so that the log's last line holds the weight training ended with.
+            progress = state.global_step / max(1, state.max_steps - 1)
+            anneal_sgc(self.student, min(1.0, progress), start=self.start, end=self.end)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            neuron = self.neurons[0]
+            logs["sgc_weight"] = neuron.sgc_weight if neuron.sgc else 0.0
 
 
 class LossOnBar(ProgressCallback):

@@ -49,9 +49,13 @@ def _denominator(mask: Tensor, num_items: Tensor | float | None) -> Tensor:
     return count.clamp(min=1)
 
 
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) in nats per token: logits [..., V] -> [...]."""
-    return sbds_divergence(p_logits, q_logits, alpha=1.0, beta=0.0)
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """temperature^2 KL(p || q) in nats per token, both softened by ``temperature``: logits [..., V] -> [...].
+
+    The factor keeps the gradient's size (Hinton et al., 2015).
+    """
+    p_logits, q_logits = _widen(p_logits) / temperature, _widen(q_logits) / temperature
+    return temperature**2 * sbds_divergence(p_logits, q_logits, alpha=1.0, beta=0.0)
 
 
 def sbds_divergence(teacher_logits: Tensor, student_logits: Tensor, alpha: float, beta: float) -> Tensor:
@@ -92,6 +96,24 @@ def feature_distance(
         for teacher, student in zip(teacher_features, student_features, strict=True)
     ]
     return torch.stack(distances).mean()
+
+
+def relative_hidden_error(
+    teacher_hidden: Sequence[Tensor],
+    student_hidden: Sequence[Tensor],
+    mask: Tensor,
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """Mean over layers and tokens of ||h_S - h_T||^2 / ||h_T||^2 over channels, each [B, L, d]. [ours for SpikingMamba]
+
+    A token whose teacher's state is 0 counts ||h_S - h_T||^2 over the smallest normal number.
+    """
+    terms = []
+    for teacher, student in zip(teacher_hidden, student_hidden, strict=True):
+        teacher = _widen(teacher)
+        energy = teacher.square().sum(-1).clamp_min(torch.finfo(teacher.dtype).tiny)
+        terms.append(token_mean((_widen(student) - teacher).square().sum(-1) / energy, mask, num_items))
+    return torch.stack(terms).mean()
 
 
 def matrix_orientation(

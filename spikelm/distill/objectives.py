@@ -9,7 +9,7 @@ frozen and in eval mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +24,14 @@ from spikelm.distill.losses import (
     chunked_logit_loss,
     feature_distance,
     hidden_alignment,
+    kl_divergence,
     loss_mask,
     matrix_orientation,
+    relative_hidden_error,
     sbds_divergence,
     token_mean,
 )
-from spikelm.distill.taps import Taps, eager_attention, mixer_modules, norm_modules, output_head
+from spikelm.distill.taps import Taps, decoder_layers, eager_attention, mixer_modules, norm_modules, output_head
 from spikelm.errors import SpikelmError
 
 Batch = Mapping[str, Tensor]
@@ -185,6 +187,63 @@ class SBDS:
         return {"loss": divergence + self.feature_weight * features, "divergence": divergence, "features": features}
 
 
+@dataclass(frozen=True)
+class HiddenMatch:
+    """SpikingMamba's single stage: kl_weight KL(p || q) on the logits, p the teacher, plus hidden_weight times the
+    relative squared error of the residual stream after every block.
+
+    The terms are the paper's; their form, weights and temperature are ours. Both are means over the tokens whose
+    prediction counts.
+
+    Args:
+        kl_weight, hidden_weight: >= 0 and not both 0; a term of weight 0 is neither computed nor logged.
+        temperature: of both softmaxes, > 0; the divergence is multiplied by its square.
+        chunk_size: tokens whose logits exist at once, >= 1.
+    """
+
+    kl_weight: float = 1.0
+    hidden_weight: float = 1.0
+    temperature: float = 1.0
+    chunk_size: int = 4096
+
+    def __post_init__(self) -> None:
+        weights = (self.kl_weight, self.hidden_weight)
+        if not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+            raise SpikelmError(f"kl_weight and hidden_weight must be finite, >= 0 and not both 0, given {weights}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise SpikelmError(f"temperature must be finite and > 0, given {self.temperature}")
+        _check_chunk_size(self.chunk_size)
+
+    def __call__(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        teacher_layers, student_layers = (
+            {str(index): layer for index, layer in enumerate(decoder_layers(model))} if self.hidden_weight else {}
+            for model in (teacher, student)
+        )
+        _check_layers(len(teacher_layers), len(student_layers))
+        with torch.no_grad(), Taps(teacher_layers) as teacher_taps:
+            teacher_hidden = last_hidden(teacher, batch)
+        with Taps(student_layers) as student_taps:
+            student_hidden = last_hidden(student, batch)
+        terms: dict[str, Tensor] = {}
+        total = student_hidden.new_zeros((), dtype=torch.float32)
+        if self.kl_weight:
+            divergence = partial(kl_divergence, temperature=self.temperature)
+            terms["kl"] = _logit_loss(
+                divergence, teacher, teacher_hidden, student, student_hidden, batch, self.chunk_size, num_items
+            )
+            total = total + self.kl_weight * terms["kl"]
+        if self.hidden_weight:
+            _check_width(teacher_hidden.shape[-1], student_hidden.shape[-1])
+            teacher_stream, student_stream = (
+                [_first(taps.outputs[layer]) for layer in teacher_layers] for taps in (teacher_taps, student_taps)
+            )
+            terms["hidden"] = relative_hidden_error(teacher_stream, student_stream, batch_mask(batch), num_items)
+            total = total + self.hidden_weight * terms["hidden"]
+        return {"loss": total, **terms}
+
+
 def batch_mask(batch: Batch) -> Tensor:
     """`loss_mask` of a batch, bool [B, L]."""
     return loss_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask"))
@@ -216,6 +275,22 @@ def _divergence(
     batch: Batch,
     num_items: Tensor | float | None,
 ) -> Tensor:
+    divergence = partial(sbds_divergence, alpha=objective.alpha, beta=objective.beta)
+    return _logit_loss(
+        divergence, teacher, teacher_hidden, student, student_hidden, batch, objective.chunk_size, num_items
+    )
+
+
+def _logit_loss(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    teacher: nn.Module,
+    teacher_hidden: Tensor,
+    student: nn.Module,
+    student_hidden: Tensor,
+    batch: Batch,
+    chunk_size: int,
+    num_items: Tensor | float | None,
+) -> Tensor:
     teacher_head, student_head = output_head(teacher), output_head(student)
     if teacher_head.out_features != student_head.out_features:
         raise SpikelmError(
@@ -223,13 +298,13 @@ def _divergence(
             "logit distillation needs the same"
         )
     return chunked_logit_loss(
-        partial(sbds_divergence, alpha=objective.alpha, beta=objective.beta),
+        divergence,
         teacher_hidden,
         teacher_head,
         student_hidden,
         student_head,
         batch_mask(batch),
-        objective.chunk_size,
+        chunk_size,
         num_items,
     )
 
@@ -258,6 +333,10 @@ def _first(output: Any) -> Tensor:
 def _check_divergence(alpha: float, beta: float, chunk_size: int) -> None:
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise SpikelmError(f"alpha and beta must be finite, >= 0 and not both 0, given alpha={alpha} beta={beta}")
+    _check_chunk_size(chunk_size)
+
+
+def _check_chunk_size(chunk_size: int) -> None:
     if chunk_size < 1:
         raise SpikelmError(f"chunk_size must be at least 1 token, given {chunk_size}")
 

@@ -297,7 +297,7 @@ def train(
             arguments,
             threshold_learning_rate=threshold_learning_rate,
             train_dataset=dataset,
-            callbacks=[MetricsFile(output_dir / "log.jsonl"), stop, *callbacks],
+            callbacks=[*callbacks, MetricsFile(output_dir / "log.jsonl"), stop],  # what they add to a log is written
         )
         if checkpoint is not None and checkpoint_step(checkpoint) == steps:
             trainer._load_from_checkpoint(str(checkpoint))

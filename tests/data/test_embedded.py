@@ -98,6 +98,27 @@ def test_teacher_learns_and_is_found_whole(tmp_path: Path, story: str) -> None:
         train_teacher(path, story, steps=1)
 
 
+def test_a_mamba2_teacher_learns(tmp_path: Path, story: str) -> None:
+    path = train_teacher(
+        tmp_path / "teacher", story, model_type="mamba2", vocab_size=300, context_length=32, steps=60,
+        learning_rate=1e-2, hidden_size=32, num_hidden_layers=2, state_size=8, batch_size=8,
+    )  # fmt: skip
+    model, tokenizer = load_teacher(path)
+    assert type(model).__name__ == "Mamba2ForCausalLM" and model.config.tie_word_embeddings
+    _, held_out = text_contexts(story, tokenizer, 32)
+    input_ids = torch.tensor(held_out[:16]["input_ids"])
+    with torch.no_grad():
+        assert model(input_ids=input_ids, labels=input_ids).loss.item() < 3.5  # 5.7 before training
+
+
+def test_shapes_that_the_model_does_not_have_are_refused(tmp_path: Path, story: str) -> None:
+    with pytest.raises(SpikelmError, match="model_type must be one of llama, mamba2; got 'rwkv'"):
+        train_teacher(tmp_path / "a", story, model_type="rwkv", steps=1)
+    with pytest.raises(SpikelmError, match="a mamba2 teacher takes hidden_size, .*; got intermediate_size"):
+        train_teacher(tmp_path / "a", story, model_type="mamba2", intermediate_size=32, steps=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_teacher_is_the_same_for_the_same_seed(tmp_path: Path, story: str) -> None:
     text = story[:20_000]
     models = []

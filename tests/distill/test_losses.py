@@ -15,6 +15,7 @@ from spikelm.distill.losses import (
     kl_divergence,
     loss_mask,
     matrix_orientation,
+    relative_hidden_error,
     sbds_divergence,
     token_mean,
 )
@@ -194,3 +195,39 @@ def test_chunked_loss_of_no_token_is_zero_with_a_gradient() -> None:
     loss = chunked_logit_loss(kl_divergence, torch.randn(1, 3, 4), head, hidden, head, torch.zeros(1, 3).bool(), 2)
     loss.backward()
     assert loss.item() == 0 and hidden.grad is not None and (hidden.grad == 0).all()
+
+
+def test_temperature_softens_both_sides_and_keeps_the_gradients_size() -> None:
+    p, q = logits(5, 7, seed=1), logits(5, 7, seed=2)
+    for temperature in (0.5, 1.0, 4.0):
+        found = kl_divergence(p, q, temperature)
+        for row in range(5):
+            expected = temperature**2 * slow_kl(p[row] / temperature, q[row] / temperature)
+            assert found[row].item() == pytest.approx(expected, rel=1e-12)
+    # for a high temperature the gradient tends to the difference of centred logits over V, whatever the temperature
+    q.requires_grad_()
+    (gradient,) = torch.autograd.grad(kl_divergence(p, q, 1e4).sum(), q)
+    difference = q - p
+    torch.testing.assert_close(gradient, (difference - difference.mean(-1, keepdim=True)) / 7, rtol=1e-2, atol=1e-3)
+
+
+def test_relative_hidden_error_against_a_slow_loop() -> None:
+    teacher = [logits(2, 4, 3, seed=s) for s in (1, 2)]
+    student = [layer + 0.1 * logits(2, 4, 3, seed=s) for layer, s in zip(teacher, (3, 4), strict=True)]
+    mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    total = 0.0
+    for t, s in zip(teacher, student, strict=True):
+        for b, position in mask.nonzero().tolist():
+            difference = [x - y for x, y in zip(s[b, position].tolist(), t[b, position].tolist(), strict=True)]
+            total += sum(d * d for d in difference) / sum(x * x for x in t[b, position].tolist())
+    assert relative_hidden_error(teacher, student, mask).item() == pytest.approx(total / 5 / 2, rel=1e-12)
+    assert relative_hidden_error(teacher, student, mask, 10).item() == pytest.approx(total / 10 / 2, rel=1e-12)
+    assert relative_hidden_error(teacher, teacher, mask).item() == 0
+
+
+def test_a_silent_teacher_gives_no_nan() -> None:
+    zero, mask = torch.zeros(1, 3, 4), torch.ones(1, 3, dtype=torch.bool)
+    assert relative_hidden_error([zero], [zero], mask).item() == 0
+    student = torch.zeros(1, 3, 4, requires_grad=True)
+    relative_hidden_error([zero], [student], mask).backward()
+    assert bool((student.grad == 0).all())

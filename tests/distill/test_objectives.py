@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from spikelm.distill.losses import feature_distance, kl_divergence, loss_mask, sbds_divergence, token_mean
+from spikelm.distill.losses import (
+    feature_distance,
+    kl_divergence,
+    loss_mask,
+    relative_hidden_error,
+    sbds_divergence,
+    token_mean,
+)
 from spikelm.distill.objectives import (
     SBDS,
     HiddenAlignment,
+    HiddenMatch,
     LogitDistillation,
     MatrixOrientation,
     NextToken,
@@ -22,6 +30,7 @@ from spikelm.distill.objectives import (
 from spikelm.distill.taps import Taps, decoder_layers, mixer_modules, norm_modules, output_head
 from spikelm.errors import SpikelmError
 from spikelm.models.llamba import LlambaForCausalLM
+from tests.small_models import llamba, mamba2
 
 
 def perturbed(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -253,3 +262,58 @@ def test_left_padding_changes_no_mixer_loss(tiny_llama: LlamaForCausalLM, object
     padded = {"input_ids": nn.functional.pad(ids, (4, 0)), "attention_mask": (torch.arange(13) >= 4).long()[None]}
     alone = objective(student, tiny_llama, {"input_ids": ids})["loss"]
     torch.testing.assert_close(objective(student, tiny_llama, padded)["loss"], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [mamba2, llamba])
+def test_hidden_match_is_its_parts(make) -> None:  # type: ignore[no-untyped-def]
+    """The residual stream after every block, as the models themselves give it, and the KL of their logits."""
+    teacher = make().requires_grad_(False)
+    student = perturbed(teacher)
+    batch = batch_of(length=9) | {"attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    batch["attention_mask"][1, 6:] = 0
+    mask = loss_mask(batch["input_ids"], None, batch["attention_mask"])
+    outputs = []
+    for model in (teacher, student):
+        stream: list[Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda module, inputs, output, stream=stream: stream.append(output))
+            for layer in model.backbone.layers
+        ]
+        outputs.append((model(**batch).logits, stream))
+        for handle in handles:
+            handle.remove()
+    kl = token_mean(kl_divergence(outputs[0][0], outputs[1][0], 2.0), mask)
+    hidden = relative_hidden_error(outputs[0][1], outputs[1][1], mask)
+    terms = HiddenMatch(0.5, 3.0, temperature=2.0)(student, teacher, batch)
+    assert list(terms) == ["loss", "kl", "hidden"]
+    torch.testing.assert_close(terms["kl"], kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["hidden"], hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["loss"], 0.5 * kl + 3 * hidden, rtol=1e-5, atol=1e-6)
+    found, expected = gradients(student, terms["loss"]), gradients(student, 0.5 * kl + 3 * hidden)
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+    chunked = HiddenMatch(0.5, 3.0, temperature=2.0, chunk_size=4)(student, teacher, batch)
+    torch.testing.assert_close(chunked["loss"], terms["loss"])
+
+
+def test_hidden_match_leaves_out_what_has_no_weight() -> None:
+    teacher = mamba2().requires_grad_(False)
+    student = perturbed(teacher)
+    assert list(HiddenMatch(hidden_weight=0)(student, teacher, batch_of())) == ["loss", "kl"]
+    assert list(HiddenMatch(kl_weight=0)(student, teacher, batch_of())) == ["loss", "hidden"]
+    for arguments in ({"kl_weight": 0, "hidden_weight": 0}, {"hidden_weight": -1}, {"kl_weight": math.inf}):
+        with pytest.raises(SpikelmError, match="kl_weight and hidden_weight must be finite, >= 0 and not both 0"):
+            HiddenMatch(**arguments)
+    for temperature in (0, -1, math.nan):
+        with pytest.raises(SpikelmError, match="temperature must be finite and > 0"):
+            HiddenMatch(temperature=temperature)
+    with pytest.raises(SpikelmError, match="chunk_size must be at least 1"):
+        HiddenMatch(chunk_size=0)
+
+
+def test_hidden_match_needs_equal_shapes(tiny_llama: LlamaForCausalLM) -> None:
+    deeper = mamba2()
+    deeper.backbone.layers.append(copy.deepcopy(deeper.backbone.layers[0]))
+    with pytest.raises(SpikelmError, match="differ in tapped layers: 3 against 2"):
+        HiddenMatch()(mamba2(), deeper, batch_of())

@@ -1,4 +1,4 @@
-"""A very small run of examples/mar, finished once and shared, and the means to run others like it."""
+"""Very small runs of the examples, finished once and shared, and the means to run others like them."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "mar"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAVE_STEPS = 12
-MINIMAL = {
+MINIMAL = {  # of examples/mar
     "context_length": 32,
     "max_tokens": "null",
     "evaluation_contexts": 8,
@@ -36,6 +36,19 @@ MINIMAL = {
     "spiking.optimisation.batch_size": 4,
     "spiking.optimisation.save_steps": SAVE_STEPS,
     "spiking.calibration_contexts": 8,
+}
+MINIMAL_SPIKINGMAMBA = {
+    "context_length": 32,
+    "max_tokens": "null",
+    "evaluation_contexts": 8,
+    "sample_tokens": 8,
+    "prompt": "The cat",
+    "embedded_teacher.steps": 100,
+    "embedded_teacher.vocab_size": 300,
+    "distillation.calibration_contexts": 8,
+    "distillation.optimisation.steps": 40,
+    "distillation.optimisation.batch_size": 4,
+    "distillation.optimisation.save_steps": SAVE_STEPS,
 }
 
 
@@ -59,27 +72,32 @@ def single_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Example:
-    """Runs the scripts of examples/mar as a user would: by their command line."""
+    """Runs the scripts of one example as a user would: by their command line."""
 
+    directory: Path
+    minimal: Mapping[str, Any]
     text: Path
 
     def arguments(self, output_dir: Path, fields: Mapping[str, Any], preset: str = "smoke") -> list[str]:
         """The command line of a minimal run."""
-        values = {**MINIMAL, "data": self.text, **fields, "output_dir": output_dir}
+        values = {**self.minimal, "data": self.text, **fields, "output_dir": output_dir}
         return ["--preset", preset, *(f"{name}={value}" for name, value in values.items())]
 
     def call(self, script: str, arguments: list[str]) -> Any:
         """Run a script in this process; its exit status."""
         with pytest.MonkeyPatch.context() as patch, one_thread():
             patch.setattr(sys, "argv", [script, *arguments])
-            patch.syspath_prepend(str(EXAMPLES))
-            patch.delitem(sys.modules, "train", raising=False)
+            patch.syspath_prepend(str(self.directory))
+            own = {path.stem for path in self.directory.glob("*.py")}
+            for name in own:  # every example has a settings.py
+                patch.delitem(sys.modules, name, raising=False)
             try:
-                runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+                runpy.run_path(str(self.directory / script), run_name="__main__")
             except SystemExit as leaving:
                 return leaving.code
             finally:
-                sys.modules.pop("train", None)
+                for name in own:
+                    sys.modules.pop(name, None)
         raise AssertionError("command_line leaves with SystemExit")
 
     def run(self, output_dir: Path, fields: Mapping[str, Any], preset: str = "smoke") -> Any:
@@ -89,7 +107,7 @@ class Example:
     @contextlib.contextmanager
     def started(self, output_dir: Path, fields: Mapping[str, Any]) -> Iterator["subprocess.Popen[str]"]:
         """train.py in a process of its own, killed at the end if it still runs."""
-        command = [sys.executable, "-W", "error", str(EXAMPLES / "train.py"), *self.arguments(output_dir, fields)]
+        command = [sys.executable, "-W", "error", str(self.directory / "train.py"), *self.arguments(output_dir, fields)]
         process = subprocess.Popen(
             command,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -124,14 +142,34 @@ def last_step(log: Path) -> int:
 
 
 @pytest.fixture(scope="session")
-def mar(tmp_path_factory: pytest.TempPathFactory) -> Example:
-    """The example with 30 kB of text."""
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 kB of text."""
     words = "the cat dog ran to house and saw a red ball with tree that was big small happy sun in day one they said"
     choose = random.Random(0)
     lines = [" ".join(choose.choices(words.split(), k=12)).capitalize() + "." for _ in range(600)]
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("\n".join(lines))
-    return Example(text)
+    return text
+
+
+@pytest.fixture(scope="session")
+def mar(small_text: Path) -> Example:
+    """examples/mar."""
+    return Example(EXAMPLES / "mar", MINIMAL, small_text)
+
+
+@pytest.fixture(scope="session")
+def spikingmamba(small_text: Path) -> Example:
+    """examples/spikingmamba."""
+    return Example(EXAMPLES / "spikingmamba", MINIMAL_SPIKINGMAMBA, small_text)
+
+
+@pytest.fixture(scope="session")
+def finished_spikingmamba(spikingmamba: Example, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output_dir of a minimal run of examples/spikingmamba, embedded teacher included. Tests leave it as it is."""
+    output_dir = tmp_path_factory.mktemp("spikingmamba") / "run"
+    assert spikingmamba.run(output_dir, {}) == 0
+    return output_dir
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,146 @@
+"""SpikingMamba: a Mamba-2 language model, signed-integer spikes before its projections, one distillation.
+
+    python examples/spikingmamba/train.py --preset tiny teacher=PATH_OR_HUB_ID data=stories.txt output_dir=runs/stories
+
+The teacher is a Mamba2ForCausalLM or a dense Llamba (stage 1 of examples/mar makes one of a Llama); without teacher=
+and data= a small Mamba2ForCausalLM is trained on the documentation that Python carries. Presets are in
+examples/spikingmamba/presets; any field may follow as field=value (--help lists them). The same command resumes an
+interrupted run. output_dir gets the student, metrics.json and figures/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from settings import Config
+from transformers import Mamba2ForCausalLM, PreTrainedModel
+
+from spikelm import plot
+from spikelm.convert import recipe_of, remember
+from spikelm.data import python_documentation, train_teacher
+from spikelm.data.sources import source_names
+from spikelm.distill import HiddenMatch
+from spikelm.distill.callbacks import CompensationWeight
+from spikelm.energy import estimate
+from spikelm.errors import SpikelmError
+from spikelm.experiment import Experiment, say, teacher_seconds
+from spikelm.models.llamba import LlambaForCausalLM
+from spikelm.presets import config_from_command_line, to_dict
+from spikelm.run import RunDirectory, command_line, keep_freed_memory, versions
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def check(config: Config) -> None:
+    """Refuses now what a later stage would refuse after an hour."""
+    source_names(config.data)
+    config.recipe().make_neuron(num_channels=1)
+    objective_of(config)
+    if not config.distillation.optimisation.steps:
+        raise SpikelmError("distillation.optimisation.steps must be >= 1")
+
+
+def objective_of(config: Config) -> HiddenMatch:
+    """The loss of the single stage."""
+    settings = config.distillation
+    return HiddenMatch(settings.kl_weight, settings.hidden_weight, settings.temperature, settings.chunk_size)
+
+
+def prepare(config: Config, run: RunDirectory) -> Experiment:
+    """The teacher, trained first if it is the embedded one, and the packed data."""
+    path = config.teacher
+    if path == "embedded":
+        path = str(run.path("teacher"))
+        if not Path(path).exists():
+            say("teacher: training a small Mamba-2 on Python's documentation")
+            train_teacher(
+                path, python_documentation(), model_type="mamba2", context_length=config.context_length,
+                seed=config.seed, held_out=config.held_out, **asdict(config.embedded_teacher),
+            )  # fmt: skip
+    experiment = Experiment.open(config, run, path)
+    teacher = experiment.teacher
+    if not isinstance(teacher, (Mamba2ForCausalLM, LlambaForCausalLM)) or recipe_of(teacher):
+        raise SpikelmError(
+            f"teacher must be a dense Mamba2ForCausalLM or Llamba; {path} is a {type(teacher).__name__}"
+            f"{' with neurons' if recipe_of(teacher) else ''}. examples/mar/train.py makes a Llamba of a Llama (stage1)"
+        )
+    return experiment
+
+
+def distil(experiment: Experiment, config: Config, name: str = "student") -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The student, from its teacher's own weights, and the record of its training in training/<name>."""
+    settings = config.distillation
+    student = experiment.spiking_copy(
+        experiment.teacher, config.recipe(), settings.calibration_contexts, settings.max_sum_of_rates
+    )
+    converted = experiment.evaluate(student)
+    if settings.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
+    weight = CompensationWeight(student, config.neuron.sgc_end if config.neuron.sgc == "blend" else None)
+    objective = objective_of(config)
+    record = experiment.train(name, student, experiment.teacher, objective, settings.optimisation, callbacks=[weight])
+    if config.neuron.sgc == "blend":  # what the annealing has ended with is what a later training starts with
+        trained = replace(config, neuron=replace(config.neuron, sgc_weight=record["sgc_weight"]))
+        remember(student, replace(trained.recipe(), calibrated=True))
+    held_out = experiment.held_out_terms(objective, student)
+    return student, record | {"at_conversion": converted, "held_out_terms_without_sgc": held_out}
+
+
+def report(experiment: Experiment, student: PreTrainedModel) -> dict[str, Any]:
+    """metrics.json and the figures."""
+    run = experiment.run
+    metrics: dict[str, Any] = {
+        name: experiment.evaluate(model) for name, model in (("teacher", experiment.teacher), ("student", student))
+    }
+    metrics["ce_above_teacher"] = metrics["student"]["ce"] / metrics["teacher"]["ce"] - 1
+    record = run.stage_record("student")
+    metrics["training"] = {"student": record}
+    metrics["wall_s"] = teacher_seconds(run) | {"student": record["wall_s"]}
+    metrics["firing"] = experiment.firing(student)
+    metrics["energy"] = estimate(student, metrics["firing"])
+    plot.loss_curves({"student": experiment.log_of("student")}, experiment.figure("losses.png"))
+    metrics["config"], metrics["versions"] = to_dict(experiment.settings), versions()
+    run.write_json("metrics.json", metrics)
+    return metrics
+
+
+def print_table(metrics: dict[str, Any]) -> None:
+    """The result, on stdout."""
+    columns = ("ce", "bits_per_byte", "kl_to_teacher", "reverse_kl")
+    rows = {
+        "teacher": metrics["teacher"],
+        "at conversion": metrics["training"]["student"]["at_conversion"],
+        "student": metrics["student"],
+    }
+    print(f"\n{'model':<18}" + "".join(f"{column:>16}" for column in columns))
+    for name, figures in rows.items():
+        print(f"{name:<18}" + "".join(f"{figures[column]:>16.4f}" for column in columns))
+    firing, energy = metrics["firing"], metrics["energy"]
+    print(f"\nCE above the teacher's {100 * metrics['ce_above_teacher']:.2f} %")
+    print(f"mean |s| {firing['sum_of_rates']:.3f}, share of s != 0 {firing['union_rate']:.3f}")
+    print(
+        f"energy of dense / spiking, an estimate: projections alone {energy['projections']['benefit']:.2f}, "
+        f"whole model {energy['whole']['benefit']:.2f}"
+    )
+    print("wall seconds " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["wall_s"].items()))
+    for name in ("teacher", "student"):
+        print(f"\n[{name}] {metrics[name]['sample']}")
+
+
+def main() -> None:
+    """Read the configuration, distil, report."""
+    config = config_from_command_line(Config, PRESETS, description=str(__doc__), default_preset="tiny")
+    check(config)
+    keep_freed_memory()
+    with RunDirectory(config.output_dir, to_dict(config)) as run:
+        experiment = prepare(config, run)
+        student = experiment.stage("student", lambda: distil(experiment, config))
+        assert student is not None  # asked for
+        print_table(report(experiment, student))
+        say(f"written: {run.path('metrics.json')}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,246 @@
+"""What the examples share: a teacher, its data, stages that are trained once, and the figures of what came out."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from spikelm import plot
+from spikelm.calibrate import calibrate
+from spikelm.convert import Recipe, spike_sites, spikify
+from spikelm.data import bytes_per_token, load_contexts, load_teacher
+from spikelm.distill.callbacks import last_metrics
+from spikelm.distill.objectives import Objective, batch_mask
+from spikelm.distill.trainer import collate, train
+from spikelm.errors import SpikelmError
+from spikelm.evaluate import batches, evaluate, evaluation_mode, firing_statistics, generate_sample
+from spikelm.presets import from_dict
+from spikelm.run import RunDirectory, stage_manifest
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """One training run, see :func:`spikelm.distill.trainer.train`. The papers print few of these values."""
+
+    steps: int = 0
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    threshold_learning_rate: float | None = None
+    gradient_accumulation: int = 1
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    save_steps: int = 500
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every example's configuration begins with: the teacher, the text, and how students are measured."""
+
+    output_dir: str
+    teacher: str = "embedded"
+    data: str = "embedded"
+    text_field: str | None = None
+    streaming: bool = False
+    max_tokens: int | None = None
+    context_length: int = 128
+    held_out: float = 0.05
+    seed: int = 0
+    evaluation_contexts: int | None = None
+    prompt: str = "Once upon a time"
+    sample_tokens: int = 60
+
+
+@dataclass
+class Experiment:
+    """A run directory, the teacher on its device, and the packed text."""
+
+    settings: Settings
+    run: RunDirectory
+    teacher: PreTrainedModel
+    tokenizer: Any
+    train_data: Any
+    held_out: Any
+    bytes_per_token: float
+
+    @classmethod
+    def open(cls, settings: Settings, run: RunDirectory, teacher: str | Path) -> Experiment:
+        """Loads the teacher (a directory or Hub id) and reads the data; seeds every random generator after it."""
+        model, tokenizer = load_teacher(teacher)
+        longest = getattr(model.config, "max_position_embeddings", settings.context_length)
+        if settings.context_length > longest:
+            raise SpikelmError(f"context_length {settings.context_length} is beyond the teacher's {longest}")
+        train_data, held_out = load_contexts(
+            settings.data, tokenizer, settings.context_length, held_out=settings.held_out,
+            text_field=settings.text_field, streaming=settings.streaming, max_tokens=settings.max_tokens,
+        )  # fmt: skip
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+        set_seed(settings.seed)  # so that a run that finds its teacher there starts like the run that trained it
+        return cls(settings, run, model, tokenizer, train_data, held_out, bytes_per_token(held_out, tokenizer))
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Held-out figures of a model against the teacher, and a greedy text."""
+        figures = evaluate(
+            model,
+            self.held_out,
+            teacher=self.teacher,
+            bytes_per_token=self.bytes_per_token,
+            max_contexts=self.settings.evaluation_contexts,
+        )
+        sample = generate_sample(model, self.tokenizer, self.settings.prompt, self.settings.sample_tokens)
+        return figures | {"sample": sample}
+
+    def train(
+        self,
+        name: str,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        objective: Objective,
+        optimisation: Optimisation,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """One training run, resumed where an earlier one stopped; checkpoints and log in training/<name>."""
+        return train(
+            student,
+            teacher,
+            self.train_data,
+            objective,
+            output_dir=self.run.path("training") / name,
+            seed=self.settings.seed,
+            **asdict(optimisation),
+            **more,
+        )
+
+    def stage(
+        self, name: str, build: Callable[[], tuple[PreTrainedModel, dict[str, Any]]], asked: bool = True
+    ) -> PreTrainedModel | None:
+        """The model of a finished stage; builds and saves it where it is asked for and not there; None if neither."""
+        if self.run.is_done(name):
+            return self.load(name)
+        if not asked:
+            return None
+        say(f"{name}: training")
+        start = time.monotonic()
+        model, record = build()
+        model.eval()
+        record |= {"total_s": round(time.monotonic() - start, 1)}
+        self.run.finish_stage(name, lambda directory: self._save(model, directory), record)
+        for checkpoint in (self.run.path("training") / name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # the optimiser's state; log.jsonl stays
+        return model
+
+    def load(self, name: str) -> PreTrainedModel:
+        """The model of a finished stage."""
+        model: Any = AutoModelForCausalLM.from_pretrained(self.run.path(name))
+        return model.to(self.teacher.device).eval()
+
+    def _save(self, model: PreTrainedModel, directory: Path) -> None:
+        model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def spiking_copy(
+        self, dense: PreTrainedModel, recipe: Recipe, contexts: int, max_sum_of_rates: float | None = None
+    ) -> PreTrainedModel:
+        """A copy of the dense model with neurons, their thresholds calibrated on the first training contexts."""
+        student = copy.deepcopy(dense).requires_grad_(True)
+        spikify(student, recipe)
+        rows = batches(list(self.train_data.take(contexts)), 4)
+        inputs = ({"input_ids": ids.to(dense.device), "logits_to_keep": 1} for ids in rows)
+        tokens = contexts * self.settings.context_length
+        calibrate(student, inputs, tokens_per_site=tokens, max_sum_of_rates=max_sum_of_rates)
+        return student
+
+    @torch.no_grad()
+    def held_out_terms(
+        self, objective: Objective, student: nn.Module, contexts: int = 64, batch_size: int = 16
+    ) -> dict[str, float]:
+        """The objective's terms on the first held-out contexts, in eval mode: without training-only paths."""
+        sums: dict[str, float] = {}
+        tokens = 0
+        with evaluation_mode(student):
+            for ids in batches(self.held_out, batch_size, contexts):
+                batch = collate([{"input_ids": row} for row in ids])
+                batch = {name: value.to(self.teacher.device) for name, value in batch.items()}
+                count = int(batch_mask(batch).sum())
+                for name, value in objective(student, self.teacher, batch, None).items():
+                    sums[name] = sums.get(name, 0.0) + count * value.item()
+                tokens += count
+        return {name: value / tokens for name, value in sums.items()}
+
+    def firing(self, student: PreTrainedModel) -> dict[str, Any]:
+        """Firing statistics on held-out text, drawn to figures/firing.png, and a sentence to figures/raster.png."""
+        statistics = firing_statistics(student, self.held_out, max_contexts=self.settings.evaluation_contexts)
+        plot.firing_heatmap(statistics, self.figure("firing.png"))
+        draw_raster(student, self.held_out[0]["input_ids"][:32], self.tokenizer, self.figure("raster.png"))
+        return statistics
+
+    def figure(self, name: str) -> Path:
+        """Where a picture of this run goes."""
+        figures = self.run.path("figures")
+        figures.mkdir(exist_ok=True)
+        return figures / name
+
+    def log_of(self, stage: str) -> Path:
+        """The log of a stage's training."""
+        return self.run.path("training") / stage / "log.jsonl"
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def finished_settings(settings_class: type[AnySettings], directory: str | Path, stage: str) -> AnySettings:
+    """The configuration of the finished run in ``directory``, which has ``stage``; its own teacher by its path."""
+    source = Path(directory)
+    if not (source / "metrics.json").exists() or not (source / stage).exists():
+        raise SpikelmError(f"run must be the output_dir of a finished train.py with a {stage}; got {directory}")
+    stage_manifest(source / stage)  # whole, or an error
+    settings = from_dict(settings_class, json.loads((source / "metrics.json").read_text(encoding="utf-8"))["config"])
+    return replace(settings, teacher=str(source / "teacher")) if settings.teacher == "embedded" else settings
+
+
+def weights_fingerprint(directory: str | Path) -> str:
+    """Of a saved model's weights, so that results of another model are never mixed in; "none" where there are none."""
+    digest = hashlib.sha256()
+    files = sorted(Path(directory).glob("*.safetensors"))
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest() if files else "none"
+
+
+def teacher_seconds(run: RunDirectory) -> dict[str, float]:
+    """How long the embedded teacher trained, if there is one."""
+    log = run.path("teacher") / "log.jsonl"
+    return {"teacher": last_metrics(log)["wall_s"]} if log.exists() else {}
+
+
+@torch.no_grad()
+def draw_raster(student: PreTrainedModel, ids: list[int], tokenizer: Any, path: Path) -> None:
+    """The spikes of the first bank of neurons over a sentence."""
+    name, owner = next(iter(spike_sites(student).items()))
+    seen: list[torch.Tensor] = []
+    handle = owner.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    student(torch.tensor([ids], device=student.device))
+    handle.remove()
+    frames = owner.neuron.encode(seen[0][0])  # T, L, C
+    plot.raster(frames.cpu(), path, tokens=[tokenizer.decode([i]) for i in ids], title=f"Spikes before {name}")
+
+
+def say(message: str) -> None:
+    """A line of progress, to stderr."""
+    print(message, file=sys.stderr, flush=True)
