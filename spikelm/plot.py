@@ -166,14 +166,15 @@ def response_curve(
     return output.detach().flatten().cpu(), gradient.cpu()
 
 
-def loss_curves(logs: Mapping[str, str | Path], path: str | Path) -> Path:
+def loss_curves(logs: Mapping[str, str | Path], path: str | Path, terms: Sequence[str] | None = None) -> Path:
     """One panel per log, titled by its key: every logged loss against the training step (log.jsonl: dicts with "step").
 
+    terms: draw these of the logged numbers, not every loss.
     Raises SpikelmError for a log that is missing, damaged or without losses. Returns the path.
     """
     if not logs:
         raise SpikelmError("no log was given to draw loss curves of")
-    curves = {title: read_losses(log) for title, log in logs.items()}
+    curves = {title: read_losses(log, terms) for title, log in logs.items()}
     figure = _new_figure(min(16.0, 1.0 + 5.0 * len(curves)), 4.0)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, losses) in zip(panels, curves.items(), strict=True):
@@ -193,15 +194,15 @@ def loss_curves(logs: Mapping[str, str | Path], path: str | Path) -> Path:
             axes.set_yscale("log")
             _plain_log_ticks(axes)
         axes.set_xlabel("training step")
-        axes.set_ylabel("loss")
+        axes.set_ylabel("loss" if terms is None else "")
         axes.set_title(title, parse_math=False)
         axes.grid(True, which="both", color="0.92", linewidth=0.6)
         axes.legend(fontsize=8)
     return _save(figure, path)
 
 
-def read_losses(log: str | Path) -> dict[str, tuple[list[float], list[float]]]:
-    """{name: (steps, values)} of every finite number in a JSON-lines log that is a loss; "loss" first."""
+def read_losses(log: str | Path, terms: Sequence[str] | None = None) -> dict[str, tuple[list[float], list[float]]]:
+    """{name: (steps, values)} of every finite number in a JSON-lines log that is a loss, or in terms; "loss" first."""
     log = Path(log)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     try:
@@ -213,7 +214,8 @@ def read_losses(log: str | Path) -> dict[str, tuple[list[float], list[float]]]:
     for row in rows:
         for name, value in row.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if "step" in row and number and name not in NOT_LOSSES:
+            wanted = name not in NOT_LOSSES if terms is None else name in terms
+            if "step" in row and number and wanted:
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(value)

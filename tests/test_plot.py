@@ -206,6 +206,7 @@ def test_losses_are_read_without_the_other_figures(tmp_path: Path) -> None:
     losses = read_losses(write_log(tmp_path / "log.jsonl", rows))
     assert losses == {"loss": ([10, 20], [3.0, 1.0]), "feature": ([10], [2.0])}
     assert list(losses) == ["loss", "feature"]
+    assert read_losses(tmp_path / "log.jsonl", terms=["feature"]) == {"feature": ([10], [2.0])}
 
 
 def test_loss_curves_draw_a_panel_per_log(tmp_path: Path) -> None:

@@ -106,10 +106,11 @@ def _documents(name: str, reading: Reading) -> Iterator[tuple[int, str]]:
 
         return ((0, block) for block in text_blocks(python_documentation()))
     if name.startswith("hub:"):
-        return _row_documents(name, _hub_rows(name, reading), reading)
+        rows = hub_rows(name, reading.split, reading.hub_config, reading.streaming)
+        return _row_documents(name, rows, reading)
     if Path(name).suffix.lower() in TEXT_SUFFIXES:
         return ((0, block) for block in _file_blocks(name))
-    return _row_documents(name, _line_rows(name), reading)
+    return _row_documents(name, (row for _, row in line_rows(name)), reading)
 
 
 def _file_blocks(name: str) -> Iterator[str]:
@@ -141,7 +142,8 @@ def _decoded(name: str, decoder: codecs.IncrementalDecoder, raw: bytes) -> str:
         raise SpikelmError(f"{name} is not UTF-8 text ({error.reason}); UTF-8 text is accepted") from error
 
 
-def _line_rows(name: str) -> Iterator[Mapping[str, Any]]:
+def line_rows(name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, counted from 1, and object) for every line of a JSON Lines file that is not blank."""
     number = 0
     for block in _file_blocks(name):
         # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
@@ -157,23 +159,22 @@ def _line_rows(name: str) -> Iterator[Mapping[str, Any]]:
                 ) from error
             if not isinstance(row, dict):
                 raise SpikelmError(f"{name} line {number} is a {type(row).__name__}; one object a line is accepted")
-            yield row
+            yield number, row
 
 
-def _hub_rows(name: str, reading: Reading) -> Iterator[Mapping[str, Any]]:
+def hub_rows(
+    name: str, split: str = "train", hub_config: str | None = None, streaming: bool = False
+) -> Iterator[Mapping[str, Any]]:
     """Rows of "hub:owner/name[:config[:split]]"; a part that is empty or absent keeps the argument's value."""
     from datasets import load_dataset
 
-    repository, config, split, *rest = (*name.removeprefix("hub:").split(":"), "", "")
+    repository, own_config, own_split, *rest = (*name.removeprefix("hub:").split(":"), "", "")
     if not repository or any(rest):
         raise SpikelmError(
             f"{name} is not a Hub dataset; accepted: hub:owner/name, hub:owner/name:config, hub:owner/name:config:split"
         )
     try:
-        rows = load_dataset(
-            repository, config or reading.hub_config, split=split or reading.split, streaming=reading.streaming
-        )
-        yield from rows
+        yield from load_dataset(repository, own_config or hub_config, split=own_split or split, streaming=streaming)
     # The network, the Hub's client and the readers of file formats raise unrelated classes; the cause stays chained.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -226,9 +227,8 @@ def _row_text(row: Mapping[str, Any], fields: tuple[str, ...], tokenizer: "PreTr
     return _conversation(values[0], tokenizer) if isinstance(values[0], list) else None
 
 
-def _conversation(turns: list[Any], tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    from jinja2.exceptions import TemplateError
-
+def messages_of(turns: list[Any]) -> list[dict[str, str]] | None:
+    """[{"role", "content"}] of a conversation in those words or in from/value; None when it is something else."""
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
@@ -237,8 +237,22 @@ def _conversation(turns: list[Any], tokenizer: "PreTrainedTokenizerBase") -> str
         if not isinstance(role, str) or not isinstance(content, str):
             return None
         messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def plain_text(messages: list[dict[str, str]]) -> str:
+    """Lines "role: content", for tokenizers without a chat template."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _conversation(turns: list[Any], tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    from jinja2.exceptions import TemplateError
+
+    messages = messages_of(turns)
+    if messages is None:
+        return None
     if tokenizer.chat_template is None:
-        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return plain_text(messages)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError:  # a template may refuse an order of roles
