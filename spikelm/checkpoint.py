@@ -77,7 +77,7 @@ class SpikingQuantizer(HfQuantizer):
         return model
 
 
-def _deploy_as(model: nn.Module, form: str | None = None, accumulate_dtype: str | None = None) -> None:
+def _deploy_as(model: nn.Module, form: str | None, accumulate_dtype: str | None = None) -> None:
     """deploy(), from what the recipe of a deployed model says."""
     dtype = None if accumulate_dtype is None else getattr(torch, accumulate_dtype, None)
     if accumulate_dtype is not None and not isinstance(dtype, torch.dtype):

@@ -44,6 +44,8 @@ class Recipe:
             raise SpikelmError(f"neuron must be one of {', '.join(NEURONS)}; got {self.neuron!r}")
         if not self.sites or any(isinstance(patterns, str) or not patterns for patterns in self.sites.values()):
             raise SpikelmError("sites must map at least one site name to a non-empty list of module-name patterns")
+        if self.deployed is not None and not {"form"} <= set(self.deployed) <= {"form", "accumulate_dtype"}:
+            raise SpikelmError(f"deployed must name form and accumulate_dtype; got {dict(self.deployed)}")
 
     @classmethod
     def preset(cls, name: str, *, neuron: str | None = None, **neuron_arguments: Any) -> Recipe:

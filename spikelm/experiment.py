@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from spikelm import plot
 from spikelm.calibrate import calibrate
 from spikelm.convert import Recipe, spike_sites, spikify
-from spikelm.data import bytes_per_token, load_contexts, load_teacher
+from spikelm.data import bytes_per_token, load_contexts, load_teacher, python_documentation, train_teacher
+from spikelm.data.sources import source_names
+from spikelm.distill.arguments import check_options
 from spikelm.distill.callbacks import last_metrics
 from spikelm.distill.objectives import Objective, batch_mask
 from spikelm.distill.trainer import collate, train
@@ -47,6 +49,13 @@ class Optimisation:
     bf16: bool = False
     gradient_checkpointing: bool = False
 
+    def check(self, name: str) -> None:
+        """SpikelmError, saying that it is of the field ``name``, for a value that a training would refuse."""
+        try:
+            check_options(**asdict(self))
+        except SpikelmError as error:
+            raise SpikelmError(f"{name}: {error}") from error
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -64,6 +73,18 @@ class Settings:
     evaluation_contexts: int | None = None
     prompt: str = "Once upon a time"
     sample_tokens: int = 60
+
+    def check(self) -> None:
+        """SpikelmError for what would be refused only once a teacher is trained or the data read."""
+        names = source_names(self.data)
+        counts = {"evaluation_contexts": self.evaluation_contexts, "sample_tokens": self.sample_tokens}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise SpikelmError(f"{name} must be at least 1, given {count}")
+        if self.teacher != "embedded" or "embedded" not in names:
+            return
+        if len(names) > 1 or self.streaming:  # other contexts would be held out than the teacher has not seen
+            raise SpikelmError("the embedded teacher takes data=embedded alone, without streaming, or other text")
 
 
 @dataclass
@@ -210,17 +231,42 @@ def finished_settings(settings_class: type[AnySettings], directory: str | Path, 
     if not (source / "metrics.json").exists() or not (source / stage).exists():
         raise SpikelmError(f"run must be the output_dir of a finished train.py with a {stage}; got {directory}")
     stage_manifest(source / stage)  # whole, or an error
-    settings = from_dict(settings_class, json.loads((source / "metrics.json").read_text(encoding="utf-8"))["config"])
+    try:
+        saved = json.loads((source / "metrics.json").read_text(encoding="utf-8"))["config"]
+        settings = from_dict(settings_class, saved)
+    except (SpikelmError, ValueError, KeyError) as error:
+        raise SpikelmError(f"run {directory} is not one of this example's train.py (or of another version)") from error
     return replace(settings, teacher=str(source / "teacher")) if settings.teacher == "embedded" else settings
 
 
 def weights_fingerprint(directory: str | Path) -> str:
     """Of a saved model's weights, so that results of another model are never mixed in; "none" where there are none."""
-    digest = hashlib.sha256()
-    files = sorted(Path(directory).glob("*.safetensors"))
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest() if files else "none"
+    digests = [file_fingerprint(path) for path in sorted(Path(directory).glob("*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else "none"
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """Of a file's content; "none" where there is no such file, as for a Hub dataset's name."""
+    if not Path(path).is_file():
+        return "none"
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def embedded_teacher(settings: Settings, run: RunDirectory, model_type: str, shape: dict[str, Any]) -> str:
+    """The directory of the small teacher that is trained on Python's documentation, once per run.
+
+    The contexts that the run holds out of that text are not trained on.
+    """
+    path = run.path("teacher")
+    if not path.exists():
+        say(f"teacher: training a small {model_type} on Python's documentation")
+        train_teacher(
+            path, python_documentation(), model_type=model_type, context_length=settings.context_length,
+            max_tokens=settings.max_tokens if settings.data == "embedded" else None, held_out=settings.held_out,
+            seed=settings.seed, **shape,
+        )  # fmt: skip
+    return str(path)
 
 
 def teacher_seconds(run: RunDirectory) -> dict[str, float]:

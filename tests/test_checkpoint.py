@@ -134,6 +134,7 @@ def test_a_deployed_model_comes_back_deployed(tmp_path: Path) -> None:
         spikify(mamba2(), recipe_of(loaded))
     path = tmp_path / "config.json"
     for deployed, message in (
+        ({"form": "ternary", "colour": "red"}, "deployed must name form and accumulate_dtype; got .*colour"),
         ({"form": "binary"}, "form must be one of ternary; got 'binary'"),
         ({"form": "ternary", "accumulate_dtype": "save"}, "accumulate_dtype must name a dtype of torch; got 'save'"),
     ):

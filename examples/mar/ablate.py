@@ -138,7 +138,9 @@ def main() -> None:
     keep_freed_memory()
     config = finished_settings(Config, ablation.run, "stage1")
     source = Path(ablation.run) / "stage1"
-    with RunDirectory(ablation.output_dir, to_dict(ablation) | {"source": weights_fingerprint(source)}) as run:
+    with RunDirectory(
+        ablation.output_dir, to_dict(ablation) | {"source": weights_fingerprint(source), "run_config": to_dict(config)}
+    ) as run:
         plan = tables(ablation)
         for row in (row for rows in plan.values() for row in rows):
             recipe_of_row(config, row).make_neuron(num_channels=1)  # refuses a bad T now, not rows later

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 
 from spikelm import plot
 from spikelm.convert import recipe_of
-from spikelm.data import load_whole, python_documentation, train_teacher
-from spikelm.data.sources import source_names
+from spikelm.data import load_whole
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
 from spikelm.errors import SpikelmError
-from spikelm.experiment import Experiment, Optimisation, say, teacher_seconds
+from spikelm.experiment import Experiment, Optimisation, embedded_teacher, say, teacher_seconds
 from spikelm.models.llamba import LlambaForCausalLM
 from spikelm.presets import config_from_command_line, to_dict
 from spikelm.run import RunDirectory, command_line, keep_freed_memory, versions
@@ -32,26 +31,23 @@ PRESETS = Path(__file__).parent / "presets"
 
 def check(config: Config) -> None:
     """Refuses now what a later stage would refuse after an hour."""
-    source_names(config.data)
+    config.check()
     config.spiking.neuron.recipe().make_neuron(num_channels=1)
     spiking_objective(config.spiking)
     LogitDistillation(**to_dict(config.divergence))
     if not config.distillation.steps or not config.spiking.optimisation.steps:
         raise SpikelmError("distillation.steps and spiking.optimisation.steps must be >= 1; stages= leaves stages out")
+    for name in ("orientation", "alignment", "distillation"):
+        if getattr(config, name).steps:
+            getattr(config, name).check(name)
+    config.spiking.optimisation.check("spiking.optimisation")
 
 
 def prepare(config: Config, run: RunDirectory) -> Experiment:
     """The teacher, trained first if it is the embedded one, and the packed data."""
     path = config.teacher
     if path == "embedded":
-        path = str(run.path("teacher"))
-        if not Path(path).exists():
-            say("teacher: training a small Llama on Python's documentation")
-            size = to_dict(config.embedded_teacher)
-            train_teacher(
-                path, python_documentation(), context_length=config.context_length, seed=config.seed,
-                held_out=config.held_out, **size,
-            )  # fmt: skip
+        path = embedded_teacher(config, run, "llama", to_dict(config.embedded_teacher))
     return Experiment.open(config, run, path)
 
 

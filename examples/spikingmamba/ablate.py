@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from settings import Config
-from train import distil
+from train import check, distil
 from transformers import set_seed
 
 import spikelm
@@ -36,7 +36,7 @@ COLUMNS = ("ce", "kl_to_teacher", "sum_of_rates", "saturation")
 
 
 class UnsignedIntegerLIF(TILIF):
-    """TI-LIF without negative spikes: clip(round(x / V), 0, D), and the window and h(x) on x >= 0 alone."""
+    """TI-LIF without negative spikes: clip(round(x / V), 0, D), and the window and h(x) on x >= 0 alone. [ours]"""
 
     def encode_sum(self, x: torch.Tensor, spike_dtype: torch.dtype | None = None) -> torch.Tensor:
         """Integers in 0..D."""
@@ -50,7 +50,7 @@ class UnsignedIntegerLIF(TILIF):
 class BinaryLIF(TILIF):
     """A leaky binary neuron over D time steps with the input at every one, soft reset, threshold D V.
 
-    With the leak left out its count is clip(floor(x / V), 0, D). Surrogate ATan(alpha=2); h(x) on x >= 0 alone.
+    With the leak left out its count is clip(floor(x / V), 0, D). Surrogate ATan(alpha=2); h(x) on x >= 0 alone. [ours]
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -158,15 +158,12 @@ def train_row(experiment: Experiment, config: AblationConfig, row: Student) -> d
 
 
 def draw_pareto(results: dict[str, list[tuple[Student, dict[str, Any]]]], path: Path) -> None:
-    """KL against spikes, a line per neuron, a point per D: the mean over seeds of its best SGC setting."""
+    """KL against spikes, a line per neuron, a point per D: the mean over seeds, with the first SGC setting there is."""
     curves: dict[str, list[tuple[float, float, str]]] = {}
     for neuron, rows in results.items():
         for D in dict.fromkeys(row.D for row, _ in rows):
-            means = []
-            for name in dict.fromkeys(row.name for row, _ in rows if row.D == D):
-                figures = [figures for row, figures in rows if row.name == name]
-                means.append([statistics.fmean(f[c] for f in figures) for c in ("kl_to_teacher", "sum_of_rates")])
-            kl, rate = min(means)
+            figures = [figures for row, figures in rows if (row.D, row.sgc) == (D, rows[0][0].sgc)]
+            kl, rate = (statistics.fmean(f[column] for f in figures) for column in ("kl_to_teacher", "sum_of_rates"))
             curves.setdefault(neuron, []).append((rate, kl, f"D = {D}"))
     plot.pareto(curves, path, x_label="spikes per channel and token (mean |s|)", y_label="KL to the teacher (nats)")
 
@@ -178,8 +175,8 @@ def main() -> None:
     config = finished_settings(Config, ablation.run, "student")
     plan = tables(ablation)
     for row in (row for rows in plan.values() for row in rows):
-        config_of(config, row, ablation).recipe().make_neuron(num_channels=1)  # refuses a bad D now, not rows later
-    identity = to_dict(ablation) | {"source": [config.teacher, weights_fingerprint(config.teacher)]}
+        check(config_of(config, row, ablation))  # refuses a bad D now, not rows later
+    identity = to_dict(ablation) | {"teacher": weights_fingerprint(config.teacher), "run_config": to_dict(config)}
     with RunDirectory(ablation.output_dir, identity) as run:
         experiment = Experiment.open(config, run, config.teacher)
         results = run_rows(run, plan, lambda row: train_row(experiment, config_of(config, row, ablation), row))

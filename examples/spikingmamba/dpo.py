@@ -21,11 +21,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spikelm import plot
 from spikelm.data import load_whole
 from spikelm.data.preferences import load_preferences, make_preferences, require_trl, write_preferences
-from spikelm.data.sources import line_rows, source_names
-from spikelm.distill.arguments import check_options, check_rate
+from spikelm.data.sources import line_rows
+from spikelm.distill.arguments import check_rate
+from spikelm.distill.callbacks import CompensationWeight
 from spikelm.distill.preference import train_preferences
 from spikelm.errors import SpikelmError
-from spikelm.experiment import Experiment, finished_settings, say, weights_fingerprint
+from spikelm.experiment import (
+    Experiment,
+    Optimisation,
+    file_fingerprint,
+    finished_settings,
+    say,
+    weights_fingerprint,
+)
 from spikelm.presets import config_from_command_line, to_dict
 from spikelm.run import RunDirectory, command_line, keep_freed_memory, versions
 
@@ -56,23 +64,6 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """The training run; see train_preferences. Values are ours, the paper prints none."""
-
-    steps: int = 300
-    batch_size: int = 16
-    learning_rate: float = 5e-7
-    gradient_accumulation: int = 1
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    save_steps: int = 500
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-
-
-@dataclass(frozen=True)
 class Preferences:
     """Everything a run of dpo.py depends on, beside the run whose student it tunes."""
 
@@ -86,14 +77,14 @@ class Preferences:
     sample_tokens: int = 60
     made: Made = Made()
     read: Read = Read()
-    optimisation: Tuning = Tuning()
+    optimisation: Optimisation = Optimisation(steps=300, learning_rate=5e-7, weight_decay=0.0)  # ours
 
 
 def settings_of(config: Preferences) -> Config:
     """The run's configuration with what this one says about text and evaluation; refuses what would fail later."""
     require_trl("preference optimisation and its trainer")
     check_rate("beta", config.beta)
-    check_options(**{k: v for k, v in asdict(config.optimisation).items() if k != "gradient_checkpointing"})
+    config.optimisation.check("optimisation")
     settings = finished_settings(Config, config.run, "student")
     made, length = config.made, settings.context_length
     if config.preferences == "embedded" and made.prompt_tokens + made.completion_tokens > length:
@@ -108,7 +99,7 @@ def settings_of(config: Preferences) -> Config:
         evaluation_contexts=config.evaluation_contexts,
         sample_tokens=config.sample_tokens,
     )
-    source_names(settings.data)
+    settings.check()
     return settings
 
 
@@ -179,6 +170,7 @@ def tune(
         seed=config.seed,
         beta=config.beta,
         max_length=experiment.settings.context_length,
+        callbacks=[CompensationWeight(student, None)],
         **asdict(config.optimisation),
     )
     return student, record | {"before": before, "pairs": {"train": len(pairs[0]), "held_out": len(pairs[1])}}
@@ -227,7 +219,10 @@ def main() -> None:
     config = config_from_command_line(Preferences, PRESETS, description=str(__doc__), default_preset="tiny")
     keep_freed_memory()
     settings = settings_of(config)
-    identity = to_dict(config) | {"student": weights_fingerprint(Path(config.run) / "student")}
+    identity = to_dict(config) | {
+        "student": weights_fingerprint(Path(config.run) / "student"),
+        "pairs": file_fingerprint(config.preferences),
+    }
     with RunDirectory(config.output_dir, identity) as run:
         experiment = Experiment.open(settings, run, settings.teacher)
 

@@ -10,7 +10,7 @@ interrupted run. output_dir gets the student, metrics.json and figures/.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from spikelm import plot
 from spikelm.convert import recipe_of, remember
-from spikelm.data import python_documentation, train_teacher
-from spikelm.data.sources import source_names
 from spikelm.distill import HiddenMatch
 from spikelm.distill.callbacks import CompensationWeight
 from spikelm.energy import estimate
 from spikelm.errors import SpikelmError
-from spikelm.experiment import Experiment, say, teacher_seconds
+from spikelm.experiment import Experiment, embedded_teacher, say, teacher_seconds
 from spikelm.models.llamba import LlambaForCausalLM
 from spikelm.presets import config_from_command_line, to_dict
 from spikelm.run import RunDirectory, command_line, keep_freed_memory, versions
@@ -35,11 +33,18 @@ PRESETS = Path(__file__).parent / "presets"
 
 def check(config: Config) -> None:
     """Refuses now what a later stage would refuse after an hour."""
-    source_names(config.data)
+    config.check()
     config.recipe().make_neuron(num_channels=1)
     objective_of(config)
-    if not config.distillation.optimisation.steps:
-        raise SpikelmError("distillation.optimisation.steps must be >= 1")
+    settings, end = config.distillation, config.neuron.sgc_end
+    settings.optimisation.check("distillation.optimisation")
+    if not 0 < end <= 1:
+        raise SpikelmError(f"neuron.sgc_end must be within (0, 1], given {end}")
+    contexts, limit = settings.calibration_contexts, settings.max_sum_of_rates
+    if contexts < 1:
+        raise SpikelmError(f"distillation.calibration_contexts must be at least 1, given {contexts}")
+    if limit is not None and not limit > 0:
+        raise SpikelmError(f"distillation.max_sum_of_rates must be > 0 or null, given {limit}")
 
 
 def objective_of(config: Config) -> HiddenMatch:
@@ -52,13 +57,7 @@ def prepare(config: Config, run: RunDirectory) -> Experiment:
     """The teacher, trained first if it is the embedded one, and the packed data."""
     path = config.teacher
     if path == "embedded":
-        path = str(run.path("teacher"))
-        if not Path(path).exists():
-            say("teacher: training a small Mamba-2 on Python's documentation")
-            train_teacher(
-                path, python_documentation(), model_type="mamba2", context_length=config.context_length,
-                seed=config.seed, held_out=config.held_out, **asdict(config.embedded_teacher),
-            )  # fmt: skip
+        path = embedded_teacher(config, run, "mamba2", to_dict(config.embedded_teacher))
     experiment = Experiment.open(config, run, path)
     teacher = experiment.teacher
     if not isinstance(teacher, (Mamba2ForCausalLM, LlambaForCausalLM)) or recipe_of(teacher):

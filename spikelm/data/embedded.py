@@ -166,6 +166,7 @@ def train_teacher(
     model_type: str = "llama",
     vocab_size: int = 512,
     context_length: int = 128,
+    max_tokens: int | None = None,
     steps: int,
     batch_size: int = 16,
     learning_rate: float = 6e-3,
@@ -176,7 +177,7 @@ def train_teacher(
     """Train a tokenizer and a model with tied embeddings on `text`; returns the directory, which appears when whole.
 
     The last `held_out` of the contexts is not trained on: the part that load_contexts holds out of the same text at
-    the same context length.
+    the same context length and max_tokens.
     A directory that exists and is not empty is refused; an interrupted training goes on from its last checkpoint in
     "<output_dir>.training" when it is called again.
 
@@ -195,7 +196,7 @@ def train_teacher(
         raise SpikelmError(f"{target} exists already; give train_teacher a directory that does not exist or is empty")
     _check_shape(model_type, shape)
     tokenizer = train_tokenizer(text, vocab_size, model_max_length=context_length)
-    contexts, _ = text_contexts(text, tokenizer, context_length, held_out)
+    contexts, _ = text_contexts(text, tokenizer, context_length, held_out, max_tokens)
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(_teacher_config(model_type, shape, tokenizer, context_length))
     training, partial = (target.with_name(target.name + suffix) for suffix in (".training", ".partial"))

@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,23 +55,27 @@ def load_preferences(
     if long_pairs not in ("error", "drop"):
         raise SpikelmError(f"long_pairs is {long_pairs!r}; error or drop is accepted")
     name = str(source)
-    pairs = [_pair(row, place, tokenizer, append_eos) for place, row in _numbered_rows(name)]
-    if not pairs:
+    placed = {place: _pair(row, place, tokenizer, append_eos) for place, row in _numbered_rows(name)}
+    if not placed:
         raise SpikelmError(f"{name} holds no pairs")
-    pairs = _short_enough(pairs, name, tokenizer, context_length, long_pairs)
+    pairs = _short_enough(placed, name, tokenizer, context_length, long_pairs)
     return _split(pairs, name, held_out, seed)
 
 
-def tokenise_pairs(pairs: Iterable[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase") -> "Dataset":
+def tokenise_pairs(
+    pairs: Iterable[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", places: Sequence[str] | None = None
+) -> "Dataset":
     """Rows {"prompt_ids", "chosen_ids", "rejected_ids"} of pairs of text; a bos comes first where there is one.
 
     prompt_ids + chosen_ids are the tokens of prompt + chosen; a completion begins where the tokens of one of the two
-    part from those of the prompt alone, as in TRL. SpikelmError when completions have the same tokens, or none.
+    part from those of the prompt alone, as in TRL. SpikelmError when completions have the same tokens, or none; it
+    names the pair by `places`, without them by its number.
     """
     from datasets import Dataset
     from tqdm import tqdm
 
     rows = list(pairs)
+    names = [f"pair {number}" for number in range(1, len(rows) + 1)] if places is None else places
     made: list[dict[str, list[int]]] = []
     silent = len(rows) < PROGRESS_FROM_PAIRS
     with tqdm(total=len(rows), unit="pair", desc="tokenising", disable=silent) as progress:
@@ -80,12 +84,14 @@ def tokenise_pairs(pairs: Iterable[Mapping[str, str]], tokenizer: "PreTrainedTok
             prompts = _encode([row["prompt"] for row in part], tokenizer)
             chosen = _encode([row["prompt"] + row["chosen"] for row in part], tokenizer)
             rejected = _encode([row["prompt"] + row["rejected"] for row in part], tokenizer)
-            for number, (prompt, good, bad) in enumerate(zip(prompts, chosen, rejected, strict=True), start + 1):
+            for place, prompt, good, bad in zip(names[start:], prompts, chosen, rejected, strict=False):
                 if good == bad:
-                    raise SpikelmError(f"pair {number}: chosen and rejected are the same tokens")
+                    raise SpikelmError(f"{place}: chosen and rejected are the same tokens")
                 common = len(commonprefix([prompt, good, bad]))
+                if not prompt[:common]:
+                    raise SpikelmError(f"{place}: the prompt shares no token with the completions it begins")
                 if common in (len(good), len(bad)):
-                    raise SpikelmError(f"pair {number}: a completion adds no token to its prompt")
+                    raise SpikelmError(f"{place}: a completion adds no token to its prompt")
                 made.append({"prompt_ids": prompt[:common], "chosen_ids": good[common:], "rejected_ids": bad[common:]})
             progress.update(len(part))
     return Dataset.from_list(made)
@@ -241,17 +247,19 @@ def _plain_pair(row: Mapping[str, Any], place: str) -> Pair:
 
 
 def _short_enough(
-    pairs: list[Pair], name: str, tokenizer: "PreTrainedTokenizerBase", context_length: int, long_pairs: str
+    placed: Mapping[str, Pair], name: str, tokenizer: "PreTrainedTokenizerBase", context_length: int, long_pairs: str
 ) -> list[Pair]:
-    try:
-        lengths = pair_lengths(tokenise_pairs(pairs, tokenizer))
-    except SpikelmError as error:
-        raise SpikelmError(f"{name}: {error}") from error
-    kept = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= context_length]
-    omitted = len(pairs) - len(kept)
+    tokens = tokenise_pairs(placed.values(), tokenizer, list(placed))
+    lengths = dict(zip(placed, pair_lengths(tokens), strict=True))
+    kept = [pair for place, pair in placed.items() if lengths[place] <= context_length]
+    omitted = len(placed) - len(kept)
     if not omitted:
-        return pairs
-    message = f"{name}: {omitted} of {len(pairs)} pairs are longer than {context_length} tokens, up to {max(lengths)}"
+        return kept
+    longest = max(lengths, key=lambda place: lengths[place])
+    message = (
+        f"{name}: {omitted} of {len(placed)} pairs are longer than {context_length} tokens, up to {lengths[longest]} "
+        f"({longest})"
+    )
     if long_pairs == "error":
         raise SpikelmError(f"{message}: raise context_length, or leave them out with long_pairs=drop")
     if not kept:

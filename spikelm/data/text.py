@@ -72,12 +72,17 @@ def load_contexts(
 
 
 def text_contexts(
-    text: str, tokenizer: "PreTrainedTokenizerBase", context_length: int, held_out: float = 0.05
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    context_length: int,
+    held_out: float = 0.05,
+    max_tokens: int | None = None,
 ) -> "tuple[Dataset, Dataset]":
     """Pack a text in memory (python_documentation() as load_contexts packs "embedded"); returns (train, held-out)."""
-    _check_numbers(context_length, held_out, None)
+    _check_numbers(context_length, held_out, max_tokens)
+    limit = None if max_tokens is None else max_tokens // context_length
     pieces = (Piece(0, 0, block) for block in text_blocks(text))
-    return _split(list(pack(pieces, tokenizer, context_length)), "the text", context_length, held_out)
+    return _split(list(pack(pieces, tokenizer, context_length, limit)), "the text", context_length, held_out)
 
 
 def bytes_per_token(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> float:

@@ -95,13 +95,16 @@ def check_options(
     save_steps: int,
     bf16: bool,
     logging_steps: int = 10,
+    threshold_learning_rate: float | None = None,
+    gradient_checkpointing: bool = False,
 ) -> None:
-    """SpikelmError names an option of training_options that is out of range."""
+    """SpikelmError names an option of a training function that is out of range."""
     counts = {"steps": steps, "batch_size": batch_size, "save_steps": save_steps, "logging_steps": logging_steps}
     for name, count in {**counts, "gradient_accumulation": gradient_accumulation}.items():
         if count < 1 or count != int(count):
             raise SpikelmError(f"{name} must be a whole number >= 1, given {count}")
     check_rate("learning_rate", learning_rate)
+    check_rate("threshold_learning_rate", threshold_learning_rate)
     if not 0 <= warmup_fraction < 1:
         raise SpikelmError(f"warmup_fraction must be in [0, 1), given {warmup_fraction}")
     if schedule not in SCHEDULES:

@@ -133,6 +133,11 @@ def matrix_orientation(
     return (per_sequence * mask.sum(1)).sum() / _denominator(mask, num_items)
 
 
+def _as_weights(rows: Tensor, head: nn.Module) -> Tensor:
+    """In the head's type: a residual stream may be float32 in a 16-bit model."""
+    return rows.to(next(head.parameters()).dtype)
+
+
 def chunked_logit_loss(
     divergence: Callable[[Tensor, Tensor], Tensor],
     teacher_hidden: Tensor,
@@ -155,8 +160,8 @@ def chunked_logit_loss(
 
     def chunk_sum(teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_logits = teacher_head(teacher_rows)
-        return divergence(teacher_logits, student_head(student_rows)).sum()
+            teacher_logits = teacher_head(_as_weights(teacher_rows, teacher_head))
+        return divergence(teacher_logits, student_head(_as_weights(student_rows, student_head))).sum()
 
     teacher_rows, student_rows = teacher_hidden[mask], student_hidden[mask]
     if len(student_rows) <= chunk_size:

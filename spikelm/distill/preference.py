@@ -45,6 +45,7 @@ def train_preferences(
     steps: int,
     batch_size: int,
     learning_rate: float = 5e-7,
+    threshold_learning_rate: float | None = None,
     beta: float = 0.01,
     gradient_accumulation: int = 1,
     warmup_fraction: float = 0.1,
@@ -84,6 +85,7 @@ def train_preferences(
     require_trl("preference optimisation and its trainer")
     output_dir = Path(output_dir)
     _check(student, reference, tokenizer, beta)
+    check_rate("threshold_learning_rate", threshold_learning_rate)
     options = training_options(
         student,
         output_dir=output_dir,
@@ -109,7 +111,7 @@ def train_preferences(
         reference = copy.deepcopy(student)
     reference.eval().requires_grad_(False)
     before = _metrics(student, reference, held_out, beta, batch_size)
-    _run(student, reference, train_tokens, tokenizer, options, beta, checkpoint, callbacks)
+    _run(student, reference, train_tokens, tokenizer, options, beta, threshold_learning_rate, checkpoint, callbacks)
     metrics = last_metrics(output_dir / "log.jsonl")
     after = _metrics(student, reference, held_out, beta, batch_size)
     result = {"steps": steps, "wall_s": metrics.pop("wall_s"), **{k: v for k, v in metrics.items() if k != "step"}}
@@ -132,6 +134,8 @@ def preference_metrics(
     are in eval mode meanwhile. SpikelmError when there is no pair or a log-probability is not finite.
     """
     _check(model, None, tokenizer, beta)
+    if batch_size < 1:
+        raise SpikelmError(f"batch_size must be at least 1, given {batch_size}")
     return _metrics(model, reference, _tokens("pairs", pairs, tokenizer, None), beta, batch_size)
 
 
@@ -219,6 +223,7 @@ def _run(
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],
     beta: float,
+    threshold_learning_rate: float | None,
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
@@ -241,6 +246,7 @@ def _run(
             train_dataset=tokens,
             callbacks=[*callbacks, log, stop],  # what they add to a log is written
         )
+        trainer.threshold_learning_rate = threshold_learning_rate
         run_to_the_end(trainer, checkpoint, stop)
 
 

@@ -19,7 +19,8 @@ from spikelm.layers.spiking_linear import SpikingLinear
 def estimate(model: nn.Module, firing: Mapping[str, Any], costs: str | CostTable = "45nm-fp32") -> dict[str, Any]:
     """Energy of one token in decode of a spikified (or deployed) Mamba2ForCausalLM or Llamba, against the dense model.
 
-    A projection of in * out multiply-accumulates (MAC) takes MAC * mean sum_t |s_t| accumulations behind its neurons.
+    A projection of in * out multiply-accumulates (MAC) takes MAC * mean sum_t |s_t| accumulations behind its neurons,
+    and where frames are weighed (ATMN's frame_weight) one multiplication per output and frame but the first.
     The rest stays dense: other nn.Linear, the head, convolutions, and the scan by its recurrence, 3 MAC per channel
     and state (decay, input, output). Elementwise work is not counted, neither norms, gates and activations nor the
     neurons' own encoding; nor is moving data.
@@ -29,9 +30,9 @@ def estimate(model: nn.Module, firing: Mapping[str, Any], costs: str | CostTable
         costs: a name in ``spikelm.energy.COSTS``, or a table.
 
     Returns:
-        JSON types: "terms" by name, with "mac" of the dense model and "accumulations" that replace them (None where
-        the term stays dense); "projections", the spiking ones alone, as the papers count; "whole", all terms. "benefit"
-        is the dense energy over the spiking one, None if nothing ever spikes.
+        JSON types: "terms" by name, with "mac" of the dense model and the "accumulations" and "multiplications" that
+        replace them (None where the term stays dense); "projections", the spiking ones alone, as the papers count;
+        "whole", all terms. "benefit" is the dense energy over the spiking one, None if nothing ever spikes.
 
     Raises:
         SpikelmError: sites of ``firing`` and model differ, or the model has a token mixer or weights that it cannot
@@ -55,15 +56,18 @@ def estimate(model: nn.Module, firing: Mapping[str, Any], costs: str | CostTable
 
 
 def _terms(model: nn.Module, rates: dict[nn.Module, float]) -> dict[str, dict[str, Any]]:
-    terms: dict[str, dict[str, Any]] = {"spiking projections": {"mac": 0, "accumulations": 0.0}}
+    spiking: dict[str, Any] = {"mac": 0, "accumulations": 0.0, "multiplications": 0}
+    terms = {"spiking projections": spiking}
     for name in ("dense projections", "head", "convolutions", "scan"):
-        terms[name] = {"mac": 0, "accumulations": None}
+        terms[name] = {"mac": 0, "accumulations": None, "multiplications": None}
     output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
         if isinstance(module, SpikingLinear):
             mac = module.in_features * module.out_features
-            terms["spiking projections"]["mac"] += mac
-            terms["spiking projections"]["accumulations"] += mac * rates[module.neuron]
+            spiking["mac"] += mac
+            spiking["accumulations"] += mac * rates[module.neuron]
+            if getattr(module.neuron, "frame_weight", 1) != 1:
+                spiking["multiplications"] += (module.neuron.T - 1) * module.out_features
         elif isinstance(module, nn.Linear):
             term = "head" if module is output_embeddings else "dense projections"
             terms[term]["mac"] += module.in_features * module.out_features
@@ -114,9 +118,12 @@ def _refuse_what_is_not_counted(name: str, module: nn.Module) -> None:
 
 
 def _compare(terms: list[dict[str, Any]], table: CostTable) -> dict[str, float | None]:
+    multiplication = table.mac if table.multiplication is None else table.multiplication
     dense = sum(table.mac * term["mac"] for term in terms)
     spiking = sum(
-        table.mac * term["mac"] if term["accumulations"] is None else table.accumulation * term["accumulations"]
+        table.mac * term["mac"]
+        if term["accumulations"] is None
+        else table.accumulation * term["accumulations"] + multiplication * term["multiplications"]
         for term in terms
     )
     return {"dense_pj": dense, "spiking_pj": spiking, "benefit": dense / spiking if spiking else None}

@@ -150,3 +150,29 @@ def test_interrupted_training_goes_on(tmp_path: Path, story: str, monkeypatch: p
     weights, expected = (load_file(path / "model.safetensors") for path in (target, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [entry.name for entry in target.parent.iterdir()] == ["teacher"]
+
+
+def test_the_contexts_that_a_run_holds_out_are_not_trained_on(
+    tmp_path: Path, story: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where max_tokens makes the run see a part of the text alone."""
+    from spikelm.distill import trainer
+
+    seen: list[set[tuple[int, ...]]] = []
+
+    def record(student: object, teacher: object, dataset: object, *rest: object, **more: object) -> None:
+        seen.append({tuple(row["input_ids"]) for row in dataset})  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", record)
+    for max_tokens in (None, 2000):
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(
+                tmp_path / "t", story, vocab_size=300, context_length=16, max_tokens=max_tokens, held_out=0.2, steps=1
+            )
+        tokenizer = train_tokenizer(story, 300, model_max_length=16)
+        train, held_out = text_contexts(story, tokenizer, 16, 0.2, max_tokens)
+        assert {tuple(row["input_ids"]) for row in train} == seen[-1]
+        rows = {tuple(row["input_ids"]) for row in held_out}
+        assert rows and len(rows & seen[-1]) < 0.1 * len(rows), "but for what the text repeats"
+    assert len(seen[1]) < len(seen[0])

@@ -317,3 +317,16 @@ def test_hidden_match_needs_equal_shapes(tiny_llama: LlamaForCausalLM) -> None:
     deeper.backbone.layers.append(copy.deepcopy(deeper.backbone.layers[0]))
     with pytest.raises(SpikelmError, match="differ in tapped layers: 3 against 2"):
         HiddenMatch()(mamba2(), deeper, batch_of())
+
+
+@pytest.mark.parametrize("make", [mamba2, llamba])
+def test_hidden_match_on_16_bit_models(make) -> None:  # type: ignore[no-untyped-def]
+    """A Mamba2ForCausalLM in bfloat16 keeps its residual stream in float32."""
+    teacher = make().bfloat16().requires_grad_(False)
+    student = perturbed(teacher)
+    terms = HiddenMatch()(student, teacher, batch_of())
+    terms["loss"].backward()
+    wide = HiddenMatch()(perturbed(make()), make().requires_grad_(False), batch_of())
+    assert terms["loss"].dtype == torch.float32
+    torch.testing.assert_close(terms["loss"], wide["loss"], rtol=0.1, atol=0.02)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in student.backbone.layers.parameters())

@@ -99,7 +99,11 @@ def test_every_projection_of_a_bank_and_every_dense_linear_counts() -> None:
     assert len(rates["sites"]) == 2
     terms = estimate(model, rates)["terms"]
     config = llamba().config
-    assert terms["spiking projections"] == {"mac": 2 * 2 * 32 * 48, "accumulations": 2 * 32 * 48}
+    assert terms["spiking projections"] == {
+        "mac": 2 * 2 * 32 * 48,
+        "accumulations": 2 * 32 * 48,
+        "multiplications": 0,
+    }
     mixer = model.backbone.layers[0].mixer
     assert terms["dense projections"]["mac"] == 2 * (32 * mixer.in_proj.out_features + 32 * 32 + 48 * 32)
     assert terms["head"]["mac"] == 32 * config.vocab_size
@@ -170,3 +174,19 @@ def test_what_it_refuses(tiny_llama: LlamaForCausalLM) -> None:
         SpikelmError, match="cannot count the weights weight of b, a Conv2d; counted are nn.Linear, nn.Conv1d"
     ):
         estimate(plain, firing(plain, 1.0))
+
+
+def test_weighed_frames_cost_multiplications() -> None:
+    """MAR's default code: y = sum_t w^t W s_t needs T - 1 scalings per output; without a price for them, MACs."""
+    sites = {"ffn": ("*.mlp.gate_proj", "*.mlp.up_proj")}
+    plain, weighed = (
+        spikify(llamba(), Recipe(sites, neuron_arguments={"T": 4, "frame_weight": weight})) for weight in (1.0, 0.5)
+    )
+    results = [estimate(model, firing(model, 0.5)) for model in (plain, weighed)]
+    assert [r["projections"]["multiplications"] for r in results] == [0, 3 * 2 * 2 * 48]
+    more = results[1]["projections"]["spiking_pj"] - results[0]["projections"]["spiking_pj"]
+    assert more == pytest.approx(3.7 * 3 * 2 * 2 * 48)
+    cheap = [
+        estimate(model, firing(model, 0.5), "45nm-int8")["projections"]["spiking_pj"] for model in (plain, weighed)
+    ]
+    assert cheap[1] - cheap[0] == pytest.approx(0.23 * 3 * 2 * 2 * 48)

@@ -55,6 +55,8 @@ def test_metrics_hold_what_is_promised(finished_dpo: Path, finished_spikingmamba
     assert metrics["student"]["ce"] == pytest.approx(source["ce"], rel=1e-5), "the student that was distilled"
     assert metrics["tuned"]["ce"] != metrics["student"]["ce"]
     assert metrics["ce_above_student"] == pytest.approx(metrics["tuned"]["ce"] / metrics["student"]["ce"] - 1)
+    lines = [json.loads(line) for line in (finished_dpo / "training/tuned/log.jsonl").read_text().splitlines()]
+    assert {line["sgc_weight"] for line in lines} == {0.3}, "students train with compensation, which the log says"
     assert metrics["config"]["beta"] == 0.1 and metrics["training"]["tuned"]["steps"] == 25
     for figure in ("losses", "firing", "raster"):
         assert (finished_dpo / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")

@@ -107,8 +107,19 @@ def test_it_starts_from_stage_1_of_mar(spikingmamba: Any, finished: Path, tmp_pa
     [
         ("neuron.D=0", "D must be an integer >= 1; got 0"),
         ("distillation.kl_weight=-1", "kl_weight and hidden_weight must be finite, >= 0 and not both 0"),
-        ("distillation.optimisation.steps=0", "distillation.optimisation.steps must be >= 1"),
+        ("distillation.optimisation.steps=0", "distillation.optimisation: steps must be a whole number >= 1"),
         ("neuron.sgc=both", "neuron.sgc"),
+        ("neuron.sgc_end=0", "neuron.sgc_end must be within (0, 1], given 0"),
+        ("distillation.max_sum_of_rates=0", "distillation.max_sum_of_rates must be > 0 or null, given 0"),
+        ("distillation.calibration_contexts=0", "distillation.calibration_contexts must be at least 1, given 0"),
+        (
+            "distillation.optimisation.learning_rate=-1",
+            "distillation.optimisation: learning_rate must be finite and > 0",
+        ),
+        ("distillation.optimisation.batch_size=0", "distillation.optimisation: batch_size must be a whole number >= 1"),
+        ("distillation.optimisation.threshold_learning_rate=-1", "threshold_learning_rate must be finite and > 0"),
+        ("evaluation_contexts=0", "evaluation_contexts must be at least 1, given 0"),
+        ("streaming=true", "the embedded teacher takes data=embedded alone, without streaming"),
         ("data=missing.txt", "no such text: missing.txt"),
     ],
 )
@@ -116,7 +127,8 @@ def test_wrong_fields_are_refused_before_anything_is_trained(
     spikingmamba: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], field: str, message: str
 ) -> None:
     name, _, value = field.partition("=")
-    assert spikingmamba.run(tmp_path / "run", {name: value}) == 2
+    fields = {"data": "embedded", name: value} if name == "streaming" else {name: value}
+    assert spikingmamba.run(tmp_path / "run", fields) == 2
     errors = capfd.readouterr().err
     assert message in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -136,7 +148,7 @@ def test_every_preset_is_accepted(load_example: Callable[[str], ModuleType]) -> 
 
 @pytest.mark.filterwarnings("ignore:no kernel for sgc='blend'")
 def test_ablation_has_every_row_and_trains_none_twice(
-    spikingmamba: Any, finished_spikingmamba: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    spikingmamba: Any, finished: Path, finished_spikingmamba: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output_dir = tmp_path / "ablation"
     fields = {"D": "[1, 4]", "seeds": "[0]", "optimisation.steps": 2, "optimisation.batch_size": 4}
@@ -162,6 +174,17 @@ def test_ablation_has_every_row_and_trains_none_twice(
     assert spikingmamba.call("ablate.py", arguments) == 0
     assert {path.name: path.stat().st_mtime_ns for path in output_dir.glob("row-*.json")} == written
     capfd.readouterr()
+    changed = tmp_path / "changed"  # the same run, had it been configured otherwise
+    shutil.copytree(finished_spikingmamba, changed)
+    metrics = metrics_of(changed)
+    metrics["config"]["distillation"]["hidden_weight"] = 2.0
+    (changed / "metrics.json").write_text(json.dumps(metrics))
+    assert spikingmamba.call("ablate.py", [f"run={changed}", *arguments[1:]]) == 2
+    assert "already holds another run" in capfd.readouterr().err
+    assert spikingmamba.call("ablate.py", [*arguments, "optimisation.learning_rate=-1"]) == 2
+    assert "learning_rate must be finite and > 0" in capfd.readouterr().err
+    assert spikingmamba.call("ablate.py", [f"run={finished}", f"output_dir={tmp_path / 'x'}"]) == 2
+    assert "is not one of this example's train.py" in capfd.readouterr().err
     shutil.rmtree(output_dir)
     assert spikingmamba.call("ablate.py", [f"run={tmp_path}", f"output_dir={output_dir}"]) == 2
     assert capfd.readouterr().err.startswith("error: run must be the output_dir of a finished train.py with a student")

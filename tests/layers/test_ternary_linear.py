@@ -267,3 +267,23 @@ def test_neurons_that_it_refuses() -> None:
     ):
         with pytest.raises(SpikelmError, match=message):
             TernaryLinear.from_spiking(SpikingLinear.from_linear(nn.Linear(6, 4), neuron))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_papers_micro_steps_give_the_same_sums(dtype: torch.dtype) -> None:
+    """v[1] = |x| / V + 1/2, D micro-steps of a binary neuron with the sign beside it, thresholds other than 1."""
+    neuron = TILIF(D=4, num_channels=32)
+    generator = torch.Generator().manual_seed(0)
+    neuron.v_threshold = V = 0.3 + torch.rand(32, generator=generator)
+    linear = torch.nn.Linear(32, 16, bias=False).double()
+    layer = TernaryLinear.from_spiking(SpikingLinear.from_linear(linear, neuron))
+    x = torch.randn(400, 32, generator=generator).to(dtype)
+    v, total = x.float().abs() / V + 0.5, torch.zeros(400, 16, dtype=torch.float64)
+    for _ in range(4):
+        spikes = (v >= 1).float()
+        v = v - spikes
+        total += (x.float().sign() * spikes).double() @ linear.weight.t()
+    with torch.no_grad():
+        found = layer.accumulate(layer.encode(x))
+    torch.testing.assert_close(found, total, rtol=1e-12, atol=1e-12)
+    assert found.abs().max() > 1
