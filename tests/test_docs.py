@@ -1,4 +1,4 @@
-"""docs/neurons.md and docs/extending.md: their code runs, what they link and name exists, the pictures can be drawn."""
+"""Pages of docs/: their code runs, what they link and name exists, the pictures can be drawn."""
 
 import importlib.util
 import re
@@ -8,11 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 from spikingjelly.activation_based import neuron, surrogate
+from transformers import AutoModelForCausalLM
 
 from spikelm import plot
+from spikelm.convert import spike_sites
+from spikelm.data import train_tokenizer
+from tests.small_models import mamba2
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("neurons.md", "extending.md")
+PAGES = ("neurons.md", "extending.md", "spikingmamba.md")
 PROPERTIES = {
     "test_spikes_are_integers_within_range",
     "test_charge_is_conserved",
@@ -45,6 +49,27 @@ def test_each_block_of_the_neurons_page_runs_by_itself(place: int) -> None:
         pytest.importorskip("snntorch", reason="this block needs snntorch, which is not installed")
     torch.manual_seed(0)
     run(block, f"neurons.md, block {place}")
+
+
+def test_the_deployed_model_of_the_spikingmamba_page_multiplies_nothing() -> None:
+    torch.manual_seed(0)
+    run(blocks("spikingmamba.md")[1], "spikingmamba.md, inference")
+
+
+def test_the_hub_block_of_the_spikingmamba_page_runs_on_a_local_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_tokenizer("Once upon a time there was a cat. " * 20, 300)
+    tokenizer.save_pretrained("teacher")
+    model = mamba2()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained("teacher")
+    block = blocks("spikingmamba.md")[0]
+    assert block.count("AntonV/mamba2-130m-hf") == 1
+    names = run(block.replace("AntonV/mamba2-130m-hf", "teacher"), "spikingmamba.md, ten lines")
+    assert all(type(site).__name__ == "TernaryLinear" for site in spike_sites(names["student"]).values())
+    assert len(spike_sites(AutoModelForCausalLM.from_pretrained("student"))) == 4
 
 
 def test_a_neuron_of_ones_own_passes_its_test() -> None:
