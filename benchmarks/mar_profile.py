@@ -87,7 +87,7 @@ def run(config: mar.Config, backend: str, steps: int, directory: Path) -> dict[s
         experiment = mar.prepare(config, place)
         torch.manual_seed(config.seed)
         dense = LlambaForCausalLM.from_llama(experiment.teacher, **to_dict(config.mixer))
-        student = mar.spiking_student(experiment, dense, config.spiking.neuron.recipe())
+        student = experiment.spiking_copy(dense, config.spiking.neuron.recipe(), config.spiking.calibration_contexts)
         dense.requires_grad_(False).eval()
         clock, stamps = Clock(), [time.perf_counter()]
 
