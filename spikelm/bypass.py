@@ -25,14 +25,14 @@ def forbid_bypass(model: nn.Module) -> None:
 
 
 def _before(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    mixer.__dict__["_was_training"] = mixer.training
     mixer.training = False  # the mixer's own flag alone, on which nothing but the fused path depends
     for layer in _spiking_children(mixer).values():
         layer.__dict__["_ran"] = False
 
 
 def _after(mixer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    mixer.training = mixer.__dict__.pop("_was_training", mixer.training)
+    # Its projections know the mode still, also after an interrupt that no hook is called for.
+    mixer.training = next(iter(_spiking_children(mixer).values())).training
     if output is None or torch.compiler.is_compiling():  # the forward has failed with an error of its own
         return
     skipped = [name for name, layer in _spiking_children(mixer).items() if not layer.__dict__["_ran"]]

@@ -84,6 +84,23 @@ def test_an_error_within_the_mixer_is_the_one_that_is_seen() -> None:
     assert mixer.training
 
 
+def test_an_interrupt_within_the_mixer_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spiking().train()
+    mixer = model.backbone.layers[0].mixer
+
+    def interrupt(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_mamba2, "mamba2_chunk_scan", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS)
+    model(IDS)
+    assert mixer.training
+    model.eval()(IDS)
+    assert not mixer.training
+
+
 @pytest.mark.parametrize("make", [llamba, mamba2])
 def test_other_mixers_are_left_alone(make: Callable[[], nn.Module]) -> None:
     model = spikify(make(), "spikingmamba")

@@ -27,8 +27,9 @@ class OperationCounter(TorchDispatchMode):
     """Within it, the calls of operators are counted and what they do is told apart.
 
     Kinds are "multiplication" (products of matrices, convolutions, elementwise products, quotients and powers),
-    "accumulation", "function" (exp, silu, ...), "neuron" (a kernel of spikelm), "other" (comparing, selecting,
-    rounding, moving) and "unknown": an operator that is not known is never put elsewhere; see :meth:`operators`.
+    "accumulation" (the bookkeeping of a gather too, such as counting its rows), "function" (exp, silu, ...), "neuron"
+    (a kernel of spikelm), "other" (comparing, selecting, rounding, moving) and "unknown": an operator that is not known
+    is never put elsewhere; see :meth:`operators`.
 
     Args:
         model: its modules' names become the scopes, a neuron's encoding within a projection too. Without it, and
