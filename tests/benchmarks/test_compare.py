@@ -23,7 +23,7 @@ if reason := cpu_module.unavailable():
 if not hasattr(neuron, "ILIFNode"):
     pytest.skip("the benchmarks need SpikingJelly 2", allow_module_level=True)
 
-MODULES = ("contenders", "measure", "compare", "tables")
+MODULES = ("contenders", "measure", "compare", "student_tables", "tables")
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,8 @@ def test_tables_and_picture_show_the_figures(
     widths = {len(line.split("|")) for line in text.split("### ")[2].splitlines() if line.startswith("|")}
     assert len(widths) == 1
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for module in (tables, scripts.student_tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
     assert "--device cuda --output benchmarks/results/h200.json" in tables.comparison("h200")
     (tmp_path / "h200.json").write_text(json.dumps(result))
     assert "images/roofline_h200.png" in tables.comparison("h200")
