@@ -85,13 +85,13 @@ def train_preferences(
     require_trl("preference optimisation and its trainer")
     output_dir = Path(output_dir)
     _check(student, reference, tokenizer, beta)
-    check_rate("threshold_learning_rate", threshold_learning_rate)
     options = training_options(
         student,
         output_dir=output_dir,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        threshold_learning_rate=threshold_learning_rate,
         gradient_accumulation=gradient_accumulation,
         warmup_fraction=warmup_fraction,
         weight_decay=weight_decay,

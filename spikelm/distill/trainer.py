@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from spikelm.distill.arguments import check_rate, training_options
+from spikelm.distill.arguments import training_options
 from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics
 from spikelm.distill.objectives import Objective, batch_mask
 from spikelm.distill.parameters import only_trainable
@@ -193,13 +193,13 @@ def train(
     once.
     """
     output_dir = Path(output_dir)
-    check_rate("threshold_learning_rate", threshold_learning_rate)
     options = training_options(
         student,
         output_dir=output_dir,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        threshold_learning_rate=threshold_learning_rate,
         gradient_accumulation=gradient_accumulation,
         warmup_fraction=warmup_fraction,
         weight_decay=weight_decay,

@@ -19,7 +19,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAVE_STEPS = 12
-MINIMAL = {  # of examples/mar
+EVERYWHERE = {
     "context_length": 32,
     "max_tokens": "null",
     "evaluation_contexts": 8,
@@ -27,6 +27,8 @@ MINIMAL = {  # of examples/mar
     "prompt": "The cat",
     "embedded_teacher.steps": 100,
     "embedded_teacher.vocab_size": 300,
+}
+MINIMAL_MAR = EVERYWHERE | {
     "orientation.steps": 2,
     "alignment.steps": 2,
     "distillation.steps": 60,
@@ -37,14 +39,7 @@ MINIMAL = {  # of examples/mar
     "spiking.optimisation.save_steps": SAVE_STEPS,
     "spiking.calibration_contexts": 8,
 }
-MINIMAL_SPIKINGMAMBA = {
-    "context_length": 32,
-    "max_tokens": "null",
-    "evaluation_contexts": 8,
-    "sample_tokens": 8,
-    "prompt": "The cat",
-    "embedded_teacher.steps": 100,
-    "embedded_teacher.vocab_size": 300,
+MINIMAL_SPIKINGMAMBA = EVERYWHERE | {
     "distillation.calibration_contexts": 8,
     "distillation.optimisation.steps": 40,
     "distillation.optimisation.batch_size": 4,
@@ -155,7 +150,7 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mar(small_text: Path) -> Example:
     """examples/mar."""
-    return Example(EXAMPLES / "mar", MINIMAL, small_text)
+    return Example(EXAMPLES / "mar", MINIMAL_MAR, small_text)
 
 
 @pytest.fixture(scope="session")
