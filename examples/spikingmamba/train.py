@@ -78,13 +78,13 @@ def distil(experiment: Experiment, config: Config, name: str = "student") -> tup
     if settings.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
     weight = CompensationWeight(student, config.neuron.sgc_end if config.neuron.sgc == "blend" else None)
-    objective = objective_of(config)
-    record = experiment.train(name, student, experiment.teacher, objective, settings.optimisation, callbacks=[weight])
+    record = experiment.train(
+        name, student, experiment.teacher, objective_of(config), settings.optimisation, callbacks=[weight]
+    )
     if config.neuron.sgc == "blend":  # what the annealing has ended with is what a later training starts with
         trained = replace(config, neuron=replace(config.neuron, sgc_weight=record["sgc_weight"]))
         remember(student, replace(trained.recipe(), calibrated=True))
-    held_out = experiment.held_out_terms(objective, student)
-    return student, record | {"at_conversion": converted, "held_out_terms_without_sgc": held_out}
+    return student, record | {"at_conversion": converted}
 
 
 def report(experiment: Experiment, student: PreTrainedModel) -> dict[str, Any]:
@@ -135,7 +135,13 @@ def main() -> None:
     keep_freed_memory()
     with RunDirectory(config.output_dir, to_dict(config)) as run:
         experiment = prepare(config, run)
-        student = experiment.stage("student", lambda: distil(experiment, config))
+
+        def build() -> tuple[PreTrainedModel, dict[str, Any]]:
+            student, record = distil(experiment, config)
+            held_out = experiment.held_out_terms(objective_of(config), student)
+            return student, record | {"held_out_terms_without_sgc": held_out}
+
+        student = experiment.stage("student", build)
         assert student is not None  # asked for
         print_table(report(experiment, student))
         say(f"written: {run.path('metrics.json')}")
