@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def ablation() -> str:
 def codes() -> str:
     """T x (tau, frame weight), as examples/mar/ablate.py wrote it."""
     return ablation_of("mar_codes")
+
+
+def objectives() -> str:
+    """Stage 2 with each objective, as examples/mar/ablate.py wrote it."""
+    return ablation_of("mar_objectives").replace(
+        "from stage 1, also the teacher.", "from stage 1; the Llama is the teacher."
+    )
 
 
 def ablation_of(name: str) -> str:
@@ -203,10 +211,72 @@ def spikingmamba_ablation() -> str:
     )
 
 
+# ---- docs/bispikclm.md
+
+
+def bispikclm() -> str:
+    """Teacher, spiking student, the same without spikes, and n-grams of the same text."""
+    result = read("bispikclm.json")
+    steps = result["training"]["student"]["steps"]
+    rows = [
+        ("teacher, Llama", result["teacher"], result["parameters"]["teacher"]),
+        (f"BiSpikCLM, {steps} steps", result["student"], result["parameters"]["student"]),
+        (f"the same without spikes (OPT), {steps} steps", result["dense"], result["parameters"]["dense"]),
+    ]
+    keys = ("ce", "perplexity", "bits_per_byte", "kl_to_teacher", "reverse_kl")
+    lines = [[name, f"{size:,}", *(f"{figures[key]:.3f}" for key in keys)] for name, figures, size in rows]
+    for name in ("bigram", "unigram"):
+        cross_entropy = result["ngrams"][name]
+        lines.append([name, "", f"{cross_entropy:.3f}", f"{math.exp(cross_entropy):.3f}", "", "", ""])
+    columns = ("model", "parameters", "CE", "perplexity", "bits per byte", "KL to teacher", "reverse KL")
+    config, seconds = result["config"], result["wall_s"]
+    student, optimisation = config["student"], config["optimisation"]
+    precision = "bfloat16" if optimisation["bf16"] else "float32"
+    return (
+        f"{markdown(columns, lines)}\n\n"
+        f"T = {student['T']}, width {student['hidden_size']}, {student['num_hidden_layers']} layers, "
+        f"{student['num_attention_heads']} heads; {optimisation['batch_size']} x {config['context_length']} tokens a "
+        f"step, matrix products in {precision}; training: student {seconds['student']:.0f} s, without spikes "
+        f"{seconds['dense']:.0f} s. {machine(result)}."
+    )
+
+
+def bispikclm_rates() -> str:
+    """Spikes per neuron and step of every population, by layer; of the maps per pair, which is their density."""
+    sites = read("bispikclm.json")["firing"]["sites"]
+    names = list(dict.fromkeys(name.split(".", 3)[3] for name in sites if ".layers." in name))
+    layers = sorted({int(name.split(".")[2]) for name in sites if ".layers." in name})
+    lines = [
+        [f"`{name}`", *(f"{sites[f'model.layers.{layer}.{name}']['firing_rate']:.3f}" for layer in layers)]
+        for name in names
+    ]
+    rate = sites["model.input_neuron"]["firing_rate"]
+    columns = ("population", *(f"layer {layer}" for layer in layers))
+    return f"{markdown(columns, lines)}\n\nThe embedding's spikes, `input_neuron`: {rate:.3f}."
+
+
+def bispikclm_ablation() -> str:
+    """SpAD's terms, T and the readings of the block, as examples/bispikclm/ablate.py wrote them."""
+    result = read("bispikclm_ablation.json")
+    config, reference = result["config"], result["reference"]
+    optimisation = config["optimisation"]
+    return (
+        f"Every row: {optimisation['steps']} steps of {optimisation['batch_size']} x 128 tokens from random weights, "
+        f"seeds {', '.join(map(str, config['seeds']))}. Figures on the first {config['evaluation_contexts']} held-out "
+        f"contexts, where the teacher has CE {reference['teacher']['ce']:.4f} and the bigram model "
+        f"{reference['ngrams']['bigram']:.4f}. {machine(result)}.\n\n"
+        + (RESULTS / "bispikclm_ablation.md").read_text(encoding="utf-8").strip()
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "bispikclm": bispikclm,
+    "bispikclm_rates": bispikclm_rates,
+    "bispikclm_ablation": bispikclm_ablation,
     "mar": mar,
     "ablation": ablation,
     "codes": codes,
+    "objectives": objectives,
     "stage1": stage1,
     "digits": digits,
     "spikingmamba": spikingmamba,

@@ -188,6 +188,53 @@ def firing_statistics(
 
 
 @torch.no_grad()
+def population_statistics(
+    model: nn.Module, dataset: Rows, *, batch_size: int = 16, max_contexts: int | None = 64
+) -> dict[str, Any]:
+    """Firing rates of every population of a BiSpikCLM over packed rows {"input_ids": [context_length]}.
+
+    Returns {"sites": {name: {"firing_rate", "rate_per_step" [T]}}, "firing_rate", "map_density"}: spikes per neuron,
+    token and step, of each population and as their plain mean; of an attention map's population per pair of a query
+    and a key no later, which is its density: "map_density" by layer. Raises SpikelmError for a model without any.
+    """
+    from spikelm.layers.spiking_attention import SpikingSelfAttention, StatelessBinaryIF
+
+    neurons = {name: part for name, part in model.named_modules() if isinstance(part, StatelessBinaryIF)}
+    maps = {f"{name}.map_neuron" for name, part in model.named_modules() if isinstance(part, SpikingSelfAttention)}
+    if not neurons:
+        raise SpikelmError("the model has no populations of StatelessBinaryIF: population_statistics takes a BiSpikCLM")
+    sums: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(neurons, 0)
+
+    def record(name: str, spikes: torch.Tensor) -> None:
+        length = spikes.shape[-1]
+        fired = spikes.tril() if name in maps else spikes
+        sums[name] = sums.get(name, 0) + fired.flatten(1).sum(1, dtype=torch.float64).cpu()
+        places = spikes[0].numel()
+        counts[name] += places * (length + 1) // (2 * length) if name in maps else places
+
+    handles = [
+        neuron.register_forward_hook(lambda module, inputs, spikes, name=name: record(name, spikes))
+        for name, neuron in neurons.items()
+    ]
+    try:
+        with evaluation_mode(model):
+            device = next(model.parameters()).device
+            for input_ids in batches(dataset, batch_size, max_contexts):  # maps exist where they are asked for
+                model(input_ids=input_ids.to(device), use_cache=False, logits_to_keep=1, output_attentions=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rates = {name: sums[name] / counts[name] for name in neurons}
+    means = {name: rate.mean().item() for name, rate in rates.items()}
+    return {
+        "sites": {name: {"firing_rate": means[name], "rate_per_step": rates[name].tolist()} for name in means},
+        "firing_rate": math.fsum(means.values()) / len(means),
+        "map_density": [mean for name, mean in means.items() if name in maps],
+    }
+
+
+@torch.no_grad()
 def generate_sample(model: Any, tokenizer: "PreTrainedTokenizerBase", prompt: str, max_new_tokens: int) -> str:
     """The prompt with its greedy continuation; a bos token comes first when the tokenizer has one, as in training."""
     from transformers import GenerationConfig

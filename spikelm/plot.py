@@ -229,13 +229,15 @@ def firing_heatmap(
 ) -> Path:
     """Layers against sites, coloured by a rate of `spikelm.evaluate.firing_statistics`; a cell shows its number.
 
-    `rate` is sum_of_rates (mean spikes per neuron, summed over the internal steps), union_rate or positive_rate.
+    `rate` is sum_of_rates (mean spikes per neuron, summed over the internal steps), union_rate or positive_rate; or
+    firing_rate, for the populations of `spikelm.evaluate.population_statistics`.
     Sites outside of the layers, such as an output head, share the row "other". Returns the path.
     """
     units = {
         "sum_of_rates": "spikes per neuron, summed over steps",
         "union_rate": "share of neurons that fire in any step",
         "positive_rate": "positive spikes per neuron, summed over steps",
+        "firing_rate": "spikes per neuron and step",
     }
     if rate not in units:
         raise SpikelmError(f"rate={rate}: accepted are {', '.join(units)}")
@@ -264,7 +266,7 @@ def firing_heatmap(
         )
     axes.set_xticks(range(len(sites)), sites, rotation=20, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(range(len(layers)), ["other" if layer is None else str(layer) for layer in layers])
-    axes.set_xlabel("site (projection that receives the spikes)")
+    axes.set_xlabel("population" if rate == "firing_rate" else "site (projection that receives the spikes)")
     axes.set_ylabel("layer")
     axes.set_title(title, parse_math=False)
     figure.colorbar(picture, ax=axes).set_label(units[rate])

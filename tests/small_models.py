@@ -3,6 +3,7 @@
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
+from spikelm.models.bispikclm import BiSpikCLMConfig, BiSpikCLMForCausalLM
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 
 
@@ -38,3 +39,15 @@ def mamba2() -> Mamba2ForCausalLM:
             tie_word_embeddings=True,
         )
         return Mamba2ForCausalLM(config).eval()
+
+
+def bispikclm(**arguments: object) -> BiSpikCLMForCausalLM:
+    """A fresh random BiSpikCLM in eval mode, the same at every call: 2 layers, width 32, 4 heads, vocabulary 64.
+
+    Its weights are large enough that every population fires and its greedy text is not one token repeated.
+    """
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields = shape | {"max_position_embeddings": 128, "initializer_gain": 2.0, "initializer_range": 0.5} | arguments
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BiSpikCLMForCausalLM(BiSpikCLMConfig(**fields)).eval()

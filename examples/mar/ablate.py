@@ -1,10 +1,11 @@
-"""The paper's ablations on a small teacher: Tables 2, 3 and 4 of MAR, and T x (tau, frame weight).
+"""The paper's ablations on a small teacher: Tables 2, 3 and 4 of MAR, T x (tau, frame weight), and objectives.
 
     python examples/mar/ablate.py run=runs/tiny output_dir=runs/ablation
+    python examples/mar/ablate.py run=runs/tiny output_dir=runs/objectives tables=[objective] seeds=[0,1]
 
-run is the output_dir of a finished train.py, whose stage-1 model is the frozen teacher and the start of every row. Each
-row is written when it is done, so the same command goes on after an interruption. output_dir gets table.md,
-ablation.json and pareto.png.
+run is the output_dir of a finished train.py, whose stage-1 model is the start of every row and its frozen teacher; of
+the objectives the teacher is the Llama. Each row is written when it is done, so the same command goes on after an
+interruption. output_dir gets table.md, ablation.json and pareto.png.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from settings import Config
+from train import spiking_objective
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from spikelm import plot
 from spikelm.ablation import Row, Tables, run_rows, write_tables
 from spikelm.convert import NEURONS, Recipe
-from spikelm.distill import SBDS
+from spikelm.distill.objectives import Objective
 from spikelm.evaluate import evaluate, firing_statistics
 from spikelm.experiment import Experiment, Optimisation, finished_settings, weights_fingerprint
 from spikelm.neurons import ATMN
@@ -33,6 +35,7 @@ TITLES = {
     "features": "Table 3, where features are compared",
     "divergence": "Table 4, (alpha, beta)",
     "code": "T and tau, forward KL",
+    "objective": "Objectives, the Llama as frozen teacher",  # SpAD needs attention maps
 }
 COLUMNS = ("ce", "kl_to_teacher", "reverse_kl", "kl_to_stage1", "sum_of_rates", "union_rate")
 
@@ -52,10 +55,10 @@ class Ablation:
 
     run: str
     output_dir: str
-    tables: list[Literal["components", "features", "divergence", "code"]] = field(
+    tables: list[Literal["components", "features", "divergence", "code", "objective"]] = field(
         default_factory=lambda: ["components", "features", "divergence", "code"]
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the four rows of Table 2
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the four rows of Table 2, and of the objectives
     T: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     optimisation: Optimisation = Optimisation(steps=200, learning_rate=2e-3)
     evaluation_contexts: int = 96
@@ -63,17 +66,19 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Student(Row):
-    """One student: its neuron and its loss."""
+    """One student: its neuron, its loss and its teacher. alpha to taps are of the objective sbds."""
 
     neuron: dict[str, Any]
     alpha: float = 1.0
     beta: float = 0.0
     feature_weight: float = 0.0
-    taps: str = "pre"
+    taps: Literal["pre", "post", "both"] = "pre"
+    objective: Literal["sbds", "spad", "kl"] = "sbds"
+    teacher: Literal["stage1", "llama"] = "stage1"
 
 
 def tables(ablation: Ablation) -> dict[str, list[Student]]:
-    """The rows of every table. Tables 2 to 4 use T = 4, tau = 1 and counts."""
+    """The rows of every table. All but the codes use T = 4, tau = 1 and counts; SpAD has the run's spad fields."""
     ternary = {"name": "ATMN", "T": 4, "tau": 1.0, "frame_weight": 1.0}
     binary = ternary | {"name": "BinaryMultistep"}
     both_kl = {"alpha": 0.2, "beta": 0.7}
@@ -84,6 +89,11 @@ def tables(ablation: Ablation) -> dict[str, list[Student]]:
         Student("ATMN, KL + reverse KL, pre-norm", 0, ternary, **both_kl, feature_weight=1.0),
     ]
     codes = {"tau 1, counts": (1.0, 1.0), "tau 0.5, weights 2^-t": (0.5, 0.5), "tau 2, counts": (2.0, 1.0)}
+    objectives = [
+        Student("SBDS", 0, ternary, **both_kl, feature_weight=1.0, teacher="llama"),
+        Student("SpAD", 0, ternary, objective="spad", teacher="llama"),
+        Student("KL", 0, ternary, objective="kl", teacher="llama"),
+    ]
     rows = {
         "components": [replace(row, seed=seed) for row in table2 for seed in ablation.seeds],
         "features": [
@@ -98,6 +108,7 @@ def tables(ablation: Ablation) -> dict[str, list[Student]]:
             for code, (tau, weight) in codes.items()
             for T in ablation.T
         ],
+        "objective": [replace(row, seed=seed) for row in objectives for seed in ablation.seeds],
     }
     return {TITLES[table]: rows[table] for table in ablation.tables}
 
@@ -107,8 +118,8 @@ def train_row(experiment: Experiment, config: Config, dense: PreTrainedModel, ro
     set_seed(row.seed)
     experiment = replace(experiment, settings=replace(config, seed=row.seed))
     student = experiment.spiking_copy(dense, recipe_of_row(config, row), config.spiking.calibration_contexts)
-    objective = SBDS(row.alpha, row.beta, row.feature_weight, row.taps)
-    experiment.train(row.key, student, dense, objective, ablation.optimisation)
+    teacher = dense if row.teacher == "stage1" else experiment.teacher
+    experiment.train(row.key, student, teacher, objective_of_row(config, row), ablation.optimisation)
     contexts = ablation.evaluation_contexts
     firing = firing_statistics(student, experiment.held_out, max_contexts=contexts)
     to_llama, to_stage1 = (
@@ -121,6 +132,12 @@ def train_row(experiment: Experiment, config: Config, dense: PreTrainedModel, ro
 def recipe_of_row(config: Config, row: Student) -> Recipe:
     """The run's neuron with what the row changes of it."""
     return replace(config.spiking.neuron, **row.neuron).recipe()
+
+
+def objective_of_row(config: Config, row: Student) -> Objective:
+    """The row's loss, with what the run says of all others."""
+    fields = {name: getattr(row, name) for name in ("alpha", "beta", "feature_weight", "taps", "teacher")}
+    return spiking_objective(replace(config, objective=row.objective, spiking=replace(config.spiking, **fields)))
 
 
 def draw_pareto(results: list[tuple[Student, dict[str, Any]]], path: Path) -> None:

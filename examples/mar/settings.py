@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import spikelm
+from spikelm.distill import SpAD
 from spikelm.experiment import Optimisation, Settings
 
 STAGES = ("orientation", "alignment", "stage1", "student")
@@ -62,7 +63,10 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Spiking:
-    """Stage 2. teacher: "stage1", the dense Llamba (the paper), or "llama", the model it came from [ours]."""
+    """Stage 2. teacher: "stage1", the dense Llamba (the paper), or "llama", the model it came from [ours].
+
+    alpha, beta, feature_weight and taps are of objective=sbds, chunk_size of sbds and kl.
+    """
 
     teacher: Literal["stage1", "llama"] = "stage1"
     neuron: Neuron = Neuron()
@@ -77,7 +81,11 @@ class Spiking:
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Everything a run depends on. steps=0 leaves orientation or alignment out."""
+    """Everything a run depends on. steps=0 leaves orientation or alignment out.
+
+    objective is the loss of stage 2: "sbds", MAR's, with the fields of spiking; "kl", the forward KL alone; "spad",
+    BiSpikCLM's, with the fields of spad, whose attention maps want spiking.teacher=llama.
+    """
 
     stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one
     stages: list[Literal["orientation", "alignment", "stage1", "student"]] = field(default_factory=lambda: list(STAGES))
@@ -87,4 +95,6 @@ class Config(Settings):
     alignment: Optimisation = Optimisation()
     distillation: Optimisation = Optimisation()
     divergence: Divergence = Divergence()
+    objective: Literal["sbds", "spad", "kl"] = "sbds"
     spiking: Spiking = Spiking()
+    spad: SpAD = SpAD()

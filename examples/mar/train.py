@@ -4,6 +4,7 @@
 
 Presets are in examples/mar/presets; any field may follow as field=value (--help lists them). Without teacher= and
 data= a small Llama is trained on the documentation that Python carries. The same command resumes an interrupted run.
+objective=sbds, spad or kl is the loss of stage 2: MAR's, BiSpikCLM's, or the forward KL alone.
 output_dir gets a checkpoint per stage (orientation, alignment, stage1, student), metrics.json and figures/.
 """
 
@@ -13,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from settings import STAGES, Config, Spiking
+from settings import STAGES, Config
 from transformers import PreTrainedModel
 
 from spikelm import plot
 from spikelm.convert import recipe_of
 from spikelm.data import load_whole
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
+from spikelm.distill.objectives import Objective
 from spikelm.errors import SpikelmError
 from spikelm.experiment import Experiment, Optimisation, embedded_teacher, say, teacher_seconds
 from spikelm.models.llamba import LlambaForCausalLM
@@ -33,7 +35,7 @@ def check(config: Config) -> None:
     """Refuses now what a later stage would refuse after an hour."""
     config.check()
     config.spiking.neuron.recipe().make_neuron(num_channels=1)
-    spiking_objective(config.spiking)
+    spiking_objective(config)
     LogitDistillation(**to_dict(config.divergence))
     if not config.distillation.steps or not config.spiking.optimisation.steps:
         raise SpikelmError("distillation.steps and spiking.optimisation.steps must be >= 1; stages= leaves stages out")
@@ -98,13 +100,13 @@ def load_llamba(path: str, teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def stage2(experiment: Experiment, dense: PreTrainedModel, config: Config) -> PreTrainedModel | None:
-    """Mamba-2 -> spikes: neurons before every projection, calibrated thresholds, SBDS."""
+    """Mamba-2 -> spikes: neurons before every projection, calibrated thresholds, the objective of the run."""
     spiking = config.spiking
 
     def build() -> tuple[PreTrainedModel, dict[str, Any]]:
         student = experiment.spiking_copy(dense, spiking.neuron.recipe(), spiking.calibration_contexts)
         converted = experiment.evaluate(student)
-        objective = spiking_objective(spiking)
+        objective = spiking_objective(config)
         teacher = dense.requires_grad_(False) if spiking.teacher == "stage1" else experiment.teacher
         record = experiment.train("student", student, teacher, objective, spiking.optimisation)
         return student, record | {"at_conversion": converted}
@@ -112,9 +114,19 @@ def stage2(experiment: Experiment, dense: PreTrainedModel, config: Config) -> Pr
     return experiment.stage("student", build, asked="student" in config.stages)
 
 
-def spiking_objective(config: Spiking) -> SBDS:
+def spiking_objective(config: Config) -> Objective:
     """The loss of stage 2."""
-    return SBDS(config.alpha, config.beta, config.feature_weight, config.taps, config.chunk_size)
+    spiking = config.spiking
+    if config.objective == "kl":
+        return LogitDistillation(chunk_size=spiking.chunk_size)
+    if config.objective == "sbds":
+        return SBDS(spiking.alpha, spiking.beta, spiking.feature_weight, spiking.taps, spiking.chunk_size)
+    if spiking.teacher == "stage1" and config.spad.attention_weight:
+        raise SpikelmError(
+            "objective=spad compares attention maps, which a Mamba-2 teacher (spiking.teacher=stage1) does not give: "
+            "set spiking.teacher=llama, or spad.attention_weight=0"
+        )
+    return config.spad
 
 
 def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,12 @@ import torch
 
 from spikelm.errors import SpikelmError
 
-FUNCTIONS = ("forward", "forward_sum", "backward", "backward_sum")
+# What each source exports: functions that take a packed struct and return 0, or another number where memory is short.
+FUNCTIONS = {
+    "tiles.cpp": ("forward", "forward_sum", "backward", "backward_sum"),
+    "attention.cpp": ("attend",),
+    "packing.cpp": ("pack_channels", "pack_tokens"),
+}
 STORAGE = {
     torch.float64: "double",
     torch.float32: "float",
@@ -30,8 +35,9 @@ STORAGE = {
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
 
 Functions = dict[str, Callable[[bytes], int]]
-_LOADED: dict[tuple[str, torch.dtype, torch.dtype], Functions] = {}
-_FAILED: dict[tuple[str, torch.dtype, torch.dtype], str] = {}
+_Key = tuple[str, torch.dtype, torch.dtype, str]
+_LOADED: dict[_Key, Functions] = {}
+_FAILED: dict[_Key, str] = {}
 
 
 def cache_directory() -> Path:
@@ -55,34 +61,40 @@ def unavailable() -> str | None:
     return "no C++ compiler was found (c++, g++, clang++); install one, such as Debian's package g++"
 
 
-def functions(definitions: str, io: torch.dtype, spike: torch.dtype) -> Functions:
-    """The four functions of one specialisation, each taking a packed struct Arguments and returning 0.
+def functions(definitions: str, io: torch.dtype, spike: torch.dtype, file: str = "tiles.cpp") -> Functions:
+    """The FUNCTIONS of one specialisation of a source.
 
     Raises:
         SpikelmError: no compiler, or it failed; remembered, so that it is not tried again in this process.
     """
-    key = (definitions, io, spike)
+    key = (definitions, io, spike, file)
     found = _LOADED.get(key)
     if found is None:
         if key in _FAILED:
             raise SpikelmError(_FAILED[key])
         try:
-            found = _LOADED[key] = _load(build(source(*key)))
+            found = _LOADED[key] = _load(build(source(*key)), FUNCTIONS[file])
         except SpikelmError as error:
             _FAILED[key] = str(error)
             raise
     return found
 
 
-def source(definitions: str, io: torch.dtype, spike: torch.dtype) -> str:
+def source(definitions: str, io: torch.dtype, spike: torch.dtype, file: str = "tiles.cpp") -> str:
     """The text of one specialisation, its own headers included."""
     folder = Path(__file__).parent
-    types = {"IO_T": STORAGE[io], "SPIKE_T": STORAGE[spike], "STATE_T": "double" if io == torch.float64 else "float"}
-    lines = "".join(f"#define {name} {value}\n" for name, value in types.items())
-    text = (folder / "tiles.cpp").read_text()
-    for path in (folder / "lanes.hpp", folder.parent / "cuda" / "steps.cuh"):
+    text = (folder / file).read_text()
+    for name in ("lanes.hpp", "bits.hpp", "../cuda/steps.cuh", "../cuda/entries.cuh"):
+        path = folder / name
         text = text.replace(f'#include "{path.name}"\n', path.read_text())
-    return definitions + lines + text
+    return definitions + storage(io, spike) + text
+
+
+@cache
+def storage(io: torch.dtype, spike: torch.dtype) -> str:
+    """The types that cuda/steps.cuh asks for."""
+    types = {"IO_T": STORAGE[io], "SPIKE_T": STORAGE[spike], "STATE_T": "double" if io == torch.float64 else "float"}
+    return "".join(f"#define {name} {value}\n" for name, value in types.items())
 
 
 def build(text: str) -> Path:
@@ -123,13 +135,13 @@ def _compile(command: list[str], text: str, library: Path) -> None:
         os.replace(f"{temporary}/kernel.so", library)
 
 
-def _load(library: Path) -> Functions:
+def _load(library: Path, names: Sequence[str]) -> Functions:
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise SpikelmError(f"backend 'cpu': {library} cannot be loaded, delete it to build it anew: {error}") from error
     found: Functions = {}
-    for name in FUNCTIONS:
+    for name in names:
         function = getattr(loaded, name)
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         found[name] = function

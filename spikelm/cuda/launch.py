@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from spikelm.cpu.module import STORAGE
+from spikelm.cpu.module import storage
 from spikelm.cuda import module
 from spikelm.cuda.module import Launch
 from spikelm.ops.kernel import Kernel
@@ -30,16 +30,8 @@ def definitions(
 ) -> str:
     """What multistep.cuh asks for: ``kernel`` is :attr:`Kernel.definitions`, ``name`` one of FORWARD, FORWARD_SUM,
     BACKWARD and BACKWARD_SUM, and T 0 where the number of steps is not compiled in."""
-    values = {
-        "IO_T": STORAGE[io],
-        "SPIKE_T": STORAGE[spike],
-        "STATE_T": "double" if io == torch.float64 else "float",
-        "KERNEL": name,
-        "T_STEPS": T,
-        "VECTOR": vector,
-        "NEEDS_THRESHOLD": int(needs_threshold),
-    }
-    return kernel + "".join(f"#define {key} {value}\n" for key, value in values.items())
+    values = {"KERNEL": name, "T_STEPS": T, "VECTOR": vector, "NEEDS_THRESHOLD": int(needs_threshold)}
+    return kernel + storage(io, spike) + "".join(f"#define {key} {value}\n" for key, value in values.items())
 
 
 def most_neurons(name: str, io: torch.dtype, T: int) -> int:

@@ -20,13 +20,15 @@ import torch
 from spikelm.cpu.module import cache_directory
 from spikelm.errors import SpikelmError, warn_once
 
-KERNELS = ("run", "prepare", "add_partials")
+# The kernels of each source; it includes what else it needs of HEADERS.
+KERNELS = {"multistep.cuh": ("run", "prepare", "add_partials"), "attention.cuh": ("attend",)}
+HEADERS = ("scalars.cuh", "steps.cuh", "entries.cuh")
 # No contraction to FMA: the order of roundings is part of the definition.
 OPTIONS = ("-std=c++17", "--fmad=false")
 
 
 class Launch(NamedTuple):
-    """One of KERNELS, how many blocks of it and how many threads each of them has."""
+    """One of a source's KERNELS, how many blocks of it and how many threads each of them has."""
 
     kernel: str
     blocks: int
@@ -66,20 +68,26 @@ def unavailable() -> str | None:
     return None
 
 
-def launch(definitions: str, launches: Sequence[Launch], arguments: bytes, device: torch.device) -> None:
+def launch(
+    definitions: str,
+    launches: Sequence[Launch],
+    arguments: bytes,
+    device: torch.device,
+    source: str = "multistep.cuh",
+) -> None:
     """Runs kernels of one specialisation, one after the other, on torch's current stream of ``device``.
 
     Nothing waits for them. The first launch of a specialisation loads it, so it must lie outside of a captured graph.
 
     Args:
-        definitions: what multistep.cuh asks for, as lines of ``#define``.
-        arguments: struct Call of multistep.cuh.
+        definitions: what the source asks for, as lines of ``#define``.
+        arguments: its struct Call.
 
     Raises:
         SpikelmError: CUDA kernels cannot run here, or NVRTC failed.
     """
     with torch.cuda.device(device):
-        functions = _LOADED.get((definitions, device.index)) or _load(definitions, device.index)
+        functions = _LOADED.get((definitions, device.index, source)) or _load(definitions, device.index, source)
         stream = torch.cuda.current_stream(device).cuda_stream
         packed = ctypes.create_string_buffer(arguments, len(arguments))
         pointer = ctypes.c_void_p(ctypes.addressof(packed))  # parameters are handed over as pointers to their values
@@ -95,35 +103,35 @@ class _Functions(NamedTuple):
     pointers: dict[str, int]
 
 
-_LOADED: dict[tuple[str, int], _Functions] = {}
+_LOADED: dict[tuple[str, int, str], _Functions] = {}
 
 
-def _load(definitions: str, device: int) -> _Functions:
+def _load(definitions: str, device: int, source: str) -> _Functions:
     reason = unavailable()
     if reason is not None:
         raise SpikelmError(f"backend 'cupy': {reason}")
     cuda = importlib.import_module("cupy").cuda
     major, minor = torch.cuda.get_device_capability(device)
     module = cuda.function.Module()
-    module.load(build(definitions, f"sm_{major}{minor}"))
-    pointers = {kernel: module.get_function(kernel).ptr for kernel in KERNELS}
-    functions = _LOADED[definitions, device] = _Functions(cuda.driver, module, pointers)
+    module.load(build(definitions, f"sm_{major}{minor}", source))
+    pointers = {kernel: module.get_function(kernel).ptr for kernel in KERNELS[source]}
+    functions = _LOADED[definitions, device, source] = _Functions(cuda.driver, module, pointers)
     return functions
 
 
-def build(definitions: str, architecture: str) -> bytes:
+def build(definitions: str, architecture: str, source: str = "multistep.cuh") -> bytes:
     """The cubin of one specialisation for ``architecture``, such as "sm_90", from the cache or from NVRTC.
 
     Raises:
         SpikelmError: NVRTC failed, with its log.
     """
     nvrtc = importlib.import_module("cupy").cuda.nvrtc
-    parts = [definitions, *_headers().values(), *OPTIONS, architecture, str(nvrtc.getVersion())]
+    parts = [definitions, *_texts(source).values(), *OPTIONS, architecture, str(nvrtc.getVersion())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     path = cache_directory() / "cuda" / f"{key}.cubin"
     if path.exists():
         return path.read_bytes()
-    cubin, _ = compile_cubin(definitions, architecture)
+    cubin, _ = compile_cubin(definitions, architecture, source=source)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # seen whole by other processes
@@ -137,11 +145,13 @@ def build(definitions: str, architecture: str) -> bytes:
     return cubin
 
 
-def compile_cubin(definitions: str, architecture: str, options: Sequence[str] = ()) -> tuple[bytes, str]:
+def compile_cubin(
+    definitions: str, architecture: str, options: Sequence[str] = (), source: str = "multistep.cuh"
+) -> tuple[bytes, str]:
     """What NVRTC makes of one specialisation, and its log."""
     nvrtc = importlib.import_module("cupy").cuda.nvrtc
-    names, texts = zip(*((name.encode(), text.encode()) for name, text in _headers().items()), strict=True)
-    program = nvrtc.createProgram(definitions + '#include "multistep.cuh"\n', "kernel.cu", texts, names)
+    names, texts = zip(*((name.encode(), text.encode()) for name, text in _texts(source).items()), strict=True)
+    program = nvrtc.createProgram(f'{definitions}#include "{source}"\n', "kernel.cu", texts, names)
     try:
         nvrtc.compileProgram(program, (*OPTIONS, f"-arch={architecture}", *options))
         return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
@@ -153,9 +163,9 @@ def compile_cubin(definitions: str, architecture: str, options: Sequence[str] = 
 
 
 @cache
-def _headers() -> dict[str, str]:
+def _texts(source: str) -> dict[str, str]:
     folder = Path(__file__).parent
-    return {name: (folder / name).read_text() for name in ("multistep.cuh", "steps.cuh")}
+    return {name: (folder / name).read_text() for name in (source, *HEADERS)}
 
 
 def _first_line(error: Exception) -> str:

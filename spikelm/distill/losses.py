@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from spikelm.neurons import BinaryIF
+from spikelm.ops.multistep import multi_step
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ def matrix_orientation(
     return (per_sequence * mask.sum(1)).sum() / _denominator(mask, num_items)
 
 
-def _as_weights(rows: Tensor, head: nn.Module) -> Tensor:
+def as_weights(rows: Tensor, head: nn.Module) -> Tensor:
     """In the head's type: a residual stream may be float32 in a 16-bit model."""
     return rows.to(next(head.parameters()).dtype)
 
@@ -160,14 +164,125 @@ def chunked_logit_loss(
 
     def chunk_sum(teacher_rows: Tensor, student_rows: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_logits = teacher_head(_as_weights(teacher_rows, teacher_head))
-        return divergence(teacher_logits, student_head(_as_weights(student_rows, student_head))).sum()
+            teacher_logits = teacher_head(as_weights(teacher_rows, teacher_head))
+        return divergence(teacher_logits, student_head(as_weights(student_rows, student_head))).sum()
 
-    teacher_rows, student_rows = teacher_hidden[mask], student_hidden[mask]
-    if len(student_rows) <= chunk_size:
-        total = chunk_sum(teacher_rows, student_rows)
-    else:
-        chunks = zip(teacher_rows.split(chunk_size), student_rows.split(chunk_size), strict=True)
-        sums = [checkpoint(chunk_sum, *rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
-        total = torch.stack(sums).sum()
+    total = chunked_sum(chunk_sum, (teacher_hidden[mask], student_hidden[mask]), chunk_size)
     return total / _denominator(mask, num_items)
+
+
+def chunked_sum(function: Callable[..., Tensor], rows: Sequence[Tensor], chunk_size: int) -> Tensor:
+    """function(*rows), a sum over their first axis, formed in chunks of at most ``chunk_size`` of it.
+
+    Where there are several, each is formed again in the backward pass, so that one chunk's graph exists at a time.
+    """
+    if len(rows[0]) <= chunk_size:
+        return function(*rows)
+    chunks = zip(*(part.split(chunk_size) for part in rows), strict=True)
+    sums = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum(0)
+
+
+@torch.no_grad()
+def teacher_rate(values: Tensor, T: int, beta: float, v_threshold: float) -> Tensor:
+    """SN of BiSpikCLM (Eq. 1) on a teacher's values of any shape: the share of T steps at which it fires, in [0, 1].
+
+    The same value enters at each step. Without gradient.
+    """
+    values = _widen(values)
+    neuron = BinaryIF(beta, v_threshold, reset_delay=True)
+    x_seq = values.unsqueeze(0).expand(T, *values.shape)
+    threshold = values.new_tensor(v_threshold)
+    spikes, _ = multi_step(x_seq, None, threshold, neuron.dynamics, keep_state=False, spike_dtype=torch.int8)
+    counts = spikes.sum(
+        0, dtype=torch.int8 if T <= 127 else torch.int32
+    )  # in a wider type all of them are copied first
+    return counts.to(values.dtype) / T
+
+
+def row_max_scaled(attention_map: Tensor) -> Tensor:
+    """Every row of a map [..., L, L] of entries >= 0 over its largest entry; a row of zeros stays. [ours]"""
+    attention_map = _widen(attention_map)
+    return attention_map / attention_map.amax(-1, keepdim=True).clamp_min(torch.finfo(attention_map.dtype).tiny)
+
+
+def embedding_alignment(
+    teacher: Tensor, student: Tensor, mask: Tensor, num_items: Tensor | float | None = None
+) -> Tensor:
+    """Mean over tokens and channels of (student - teacher)^2, both [B, L, d], the student's a rate. (SpAD, EA.)"""
+    return token_mean((_widen(student) - _widen(teacher)).square().mean(-1), mask, num_items)
+
+
+def feature_alignment(
+    teacher: Tensor,
+    rate: Tensor,
+    student: Tensor,
+    mask: Tensor,
+    num_items: Tensor | float | None = None,
+    gamma: float = 0.5,
+) -> Tensor:
+    """Mean over tokens and channels of gamma (student - rate)^2 + (1 - gamma) (student - teacher)^2. (SpAD, SFA.)
+
+    All [B, L, d]; rate is `teacher_rate` of the teacher's.
+    """
+    return token_mean(_two_targets(teacher, rate, student, gamma).mean(-1), mask, num_items)
+
+
+def attention_alignment(
+    teacher: Tensor,
+    rate: Tensor,
+    student: Tensor,
+    mask: Tensor,
+    num_items: Tensor | float | None = None,
+    gamma: float = 0.5,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Mean of gamma (student - rate)^2 + (1 - gamma) (student - teacher)^2 over heads, keys and queries. (SpAD, SAA.)
+
+    The keys of a query are those up to itself that are real, the queries are the tokens in the mask; each query weighs
+    the same. [ours]
+
+    Args:
+        teacher, rate, student: maps [B, H, L, L]; rate is `teacher_rate` of the teacher's.
+        mask: bool [B, L].  attention_mask: [B, L], 1 for real tokens; None, all are.
+    """
+    allowed = torch.ones(student.shape[-2:], dtype=torch.bool, device=student.device).tril()
+    if attention_mask is not None:
+        allowed = allowed & (attention_mask != 0)[:, None, :]  # b l l
+    error = _two_targets(teacher, rate, student, gamma).mean(1)
+    error = torch.where(allowed, error, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
+    return token_mean(error, mask, num_items)
+
+
+def _two_targets(teacher: Tensor, rate: Tensor, student: Tensor, gamma: float) -> Tensor:
+    """gamma (student - rate)^2 + (1 - gamma) (student - teacher)^2, as one square with a gradient and a constant."""
+    teacher, rate = _widen(teacher), _widen(rate)
+    between = torch.lerp(teacher, rate, gamma)
+    return (_widen(student) - between).square() + gamma * (1 - gamma) * (rate - teacher).square()
+
+
+def soft_target(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    mask: Tensor,
+    num_items: Tensor | float | None = None,
+    temperature: float = 2.0,
+) -> Tensor:
+    """Token mean of `kl_divergence`, logits [..., V] and mask [...]: in nats. (SpAD, STA.)"""
+    return token_mean(kl_divergence(teacher_logits, student_logits, temperature), mask, num_items)
+
+
+def hard_target(logits: Tensor, targets: Tensor, mask: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """Token mean of the cross-entropy with the next token, in nats. (SpAD, HTA.)
+
+    Args:
+        logits: [..., V].  targets: [...], the token after each, see `next_tokens`; unread outside the mask [...].
+    """
+    targets = torch.where(mask, targets, 0)
+    losses = F.cross_entropy(_widen(logits).flatten(0, -2), targets.flatten(), reduction="none")
+    return token_mean(losses.view(mask.shape), mask, num_items)
+
+
+def next_tokens(input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    """What each position of [B, L] predicts, by `labels` where there are any; the last position's entry is no token."""
+    return (input_ids if labels is None else labels).roll(-1, dims=1)

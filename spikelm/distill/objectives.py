@@ -16,20 +16,20 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spikelm.distill.losses import (
     chunked_logit_loss,
     feature_distance,
+    hard_target,
     hidden_alignment,
     kl_divergence,
     loss_mask,
     matrix_orientation,
+    next_tokens,
     relative_hidden_error,
     sbds_divergence,
-    token_mean,
 )
 from spikelm.distill.taps import Taps, decoder_layers, eager_attention, mixer_modules, norm_modules, output_head
 from spikelm.errors import SpikelmError
@@ -56,8 +56,8 @@ class MatrixOrientation:
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
-        _refuse_several_processes(self)
-        mask, padding = batch_mask(batch), _padding(batch)
+        refuse_several_processes(self)
+        mask, padding = batch_mask(batch), mixer_padding(batch)
         total: Tensor | None = None
         for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=True):
             if not hasattr(mixer, "mixing_matrix"):
@@ -90,8 +90,8 @@ class HiddenAlignment:
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
-        _refuse_several_processes(self)
-        mask, padding = batch_mask(batch), _padding(batch)
+        refuse_several_processes(self)
+        mask, padding = batch_mask(batch), mixer_padding(batch)
         total: Tensor | None = None
         for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=False):
             term = hidden_alignment(_first(output), _first(mixer(hidden, **padding)), mask, num_items)
@@ -133,9 +133,8 @@ class NextToken:
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
-        logits = student(input_ids=batch["input_ids"], **_padding(batch), use_cache=False).logits
-        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none")
-        return {"loss": token_mean(F.pad(losses, (0, 1)), batch_mask(batch), num_items)}
+        logits = student(input_ids=batch["input_ids"], **mixer_padding(batch), use_cache=False).logits
+        return {"loss": hard_target(logits, next_tokens(batch["input_ids"]), batch_mask(batch), num_items)}
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ class HiddenMatch:
             raise SpikelmError(f"kl_weight and hidden_weight must be finite, >= 0 and not both 0, given {weights}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise SpikelmError(f"temperature must be finite and > 0, given {self.temperature}")
-        _check_chunk_size(self.chunk_size)
+        check_chunk_size(self.chunk_size)
 
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
@@ -249,21 +248,25 @@ def batch_mask(batch: Batch) -> Tensor:
     return loss_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask"))
 
 
-def _padding(batch: Batch) -> dict[str, Tensor]:
+def mixer_padding(batch: Batch) -> dict[str, Tensor]:
     """The attention_mask argument of a mixer, where the batch has one."""
     return {"attention_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
 
 
 def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
-    """What the head is fed, [B, L, d], from one call of the model's own forward (which a distributed wrapper needs).
+    """What the head is fed, [B, L, d]."""
+    hidden: Tensor = hidden_outputs(model, batch).hidden_states[-1]
+    return hidden
 
-    The logits are asked for at no position, so [B, L, V] is never formed.
+
+def hidden_outputs(model: nn.Module, batch: Batch, **more: Any) -> Any:
+    """The output, with hidden_states, of one call of the model's own forward (which a distributed wrapper needs).
+
+    The logits are asked for at no position, so [B, L, V] is never formed. ``more``: further arguments.
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
-    output = model(**inputs, output_hidden_states=True, logits_to_keep=nowhere, use_cache=False)
-    hidden: Tensor = output.hidden_states[-1]
-    return hidden
+    return model(**inputs, output_hidden_states=True, logits_to_keep=nowhere, use_cache=False, **more)
 
 
 def _divergence(
@@ -291,12 +294,7 @@ def _logit_loss(
     chunk_size: int,
     num_items: Tensor | float | None,
 ) -> Tensor:
-    teacher_head, student_head = output_head(teacher), output_head(student)
-    if teacher_head.out_features != student_head.out_features:
-        raise SpikelmError(
-            f"teacher has a vocabulary of {teacher_head.out_features}, student of {student_head.out_features}: "
-            "logit distillation needs the same"
-        )
+    teacher_head, student_head = output_heads(teacher, student)
     return chunked_logit_loss(
         divergence,
         teacher_hidden,
@@ -307,6 +305,17 @@ def _logit_loss(
         chunk_size,
         num_items,
     )
+
+
+def output_heads(teacher: nn.Module, student: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """Both heads, of one vocabulary."""
+    heads = output_head(teacher), output_head(student)
+    if heads[0].out_features != heads[1].out_features:
+        raise SpikelmError(
+            f"teacher has a vocabulary of {heads[0].out_features}, student of {heads[1].out_features}: "
+            "logit distillation needs the same"
+        )
+    return heads
 
 
 def _mixer_pairs(
@@ -333,10 +342,10 @@ def _first(output: Any) -> Tensor:
 def _check_divergence(alpha: float, beta: float, chunk_size: int) -> None:
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise SpikelmError(f"alpha and beta must be finite, >= 0 and not both 0, given alpha={alpha} beta={beta}")
-    _check_chunk_size(chunk_size)
+    check_chunk_size(chunk_size)
 
 
-def _check_chunk_size(chunk_size: int) -> None:
+def check_chunk_size(chunk_size: int) -> None:
     if chunk_size < 1:
         raise SpikelmError(f"chunk_size must be at least 1 token, given {chunk_size}")
 
@@ -351,8 +360,8 @@ def _check_width(teacher_size: int, student_size: int) -> None:
         raise SpikelmError(f"teacher and student differ in hidden size: {teacher_size} against {student_size}")
 
 
-def _refuse_several_processes(objective: object) -> None:
-    """The student's mixers are called one by one, outside its forward, where gradients would not be averaged."""
+def refuse_several_processes(objective: object) -> None:
+    """Parts of the student are called by themselves, outside its forward, where gradients would not be averaged."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise SpikelmError(

@@ -1,4 +1,4 @@
-"""Which parameters train, and how: optimizer groups, and freezing by name."""
+"""Which parameters train, and how: optimizer groups, freezing by name, and what trains beside the student."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from spikelm.errors import SpikelmError
+
+PROJECTIONS = "distillation_projections"
 
 
 def parameter_groups(
@@ -66,3 +68,21 @@ def only_trainable(student: nn.Module, patterns: Sequence[str] | None) -> Iterat
     finally:
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def projections_attached(student: nn.Module, teacher: nn.Module, objective: Any) -> Iterator[None]:
+    """Within the context `student.distillation_projections` is `objective.build_projections(student, teacher)`.
+
+    So the optimizer and the checkpoints hold what trains beside the student, and the student that is left does not. An
+    objective without that method has nothing to attach. Projections that the student already has stay, and train on.
+    """
+    build = getattr(objective, "build_projections", None)
+    if build is None or hasattr(student, PROJECTIONS):
+        yield
+        return
+    student.add_module(PROJECTIONS, build(student, teacher))
+    try:
+        yield
+    finally:
+        delattr(student, PROJECTIONS)

@@ -152,7 +152,10 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
         return
     set_implementation: Any = getattr(model, "set_attn_implementation", None)
     if set_implementation is None:
-        raise SpikelmError(f"{type(model).__name__} cannot switch its attention to eager to give its maps")
+        raise SpikelmError(
+            f"{type(model).__name__} cannot switch its attention to eager to give its maps: load it with "
+            'attn_implementation="eager"'
+        )
     set_implementation("eager")
     try:
         yield

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from spikelm.distill.arguments import training_options
 from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics
 from spikelm.distill.objectives import Objective, batch_mask
-from spikelm.distill.parameters import only_trainable
+from spikelm.distill.parameters import only_trainable, projections_attached
 from spikelm.distill.robust import RobustTrainer, find_checkpoint, require_one_device, run_to_the_end
 from spikelm.errors import SpikelmError
 
@@ -185,6 +185,9 @@ def train(
             None leaves requires_grad as it is.
         callbacks: further transformers callbacks.
 
+    What an objective trains beside the student (`SpAD.build_projections`) is part of the student and its checkpoints
+    during this call, and taken off it at its end.
+
     Returns:
         {"steps", "wall_s" (seconds, over all resumed parts), "loss", the objective's terms and what else the last log
         line holds}.
@@ -214,7 +217,8 @@ def train(
     )
     checkpoint = find_checkpoint(output_dir, steps, resume)
     stop = StopAtStepEnd()
-    with only_trainable(student, trainable):
+    # Attached last: projections train whatever `trainable` names.
+    with only_trainable(student, trainable), projections_attached(student, teacher, objective):
         trainer = DistillationTrainer(
             student,
             teacher,

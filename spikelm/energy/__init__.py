@@ -1,7 +1,8 @@
 """What a spiking model computes, and an estimate of what that costs. Nothing here is measured on hardware."""
 
+from spikelm.energy.binary_operands import BinaryOperands
 from spikelm.energy.costs import COSTS, CostTable
 from spikelm.energy.counter import OperationCounter
 from spikelm.energy.estimate import estimate
 
-__all__ = ["COSTS", "CostTable", "OperationCounter", "estimate"]
+__all__ = ["COSTS", "BinaryOperands", "CostTable", "OperationCounter", "estimate"]

@@ -1,5 +1,13 @@
 """Spiking students as transformers models; importing this registers them with the Auto classes."""
 
+from spikelm.models.bispikclm import BiSpikCLMConfig, BiSpikCLMForCausalLM, BiSpikCLMModel
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM, LlambaModel
 
-__all__ = ["LlambaConfig", "LlambaForCausalLM", "LlambaModel"]
+__all__ = [
+    "BiSpikCLMConfig",
+    "BiSpikCLMForCausalLM",
+    "BiSpikCLMModel",
+    "LlambaConfig",
+    "LlambaForCausalLM",
+    "LlambaModel",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -150,10 +150,9 @@ def encode_sum(
     return operators.encode_sum(x, threshold, kernel, T, dtype, float(frame_weight), scale)
 
 
-def _choose(
-    x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, spike_dtype: torch.dtype, backend: str
-) -> Kernel | None:
-    """The kernel to run, or None for the reference; raises if a named backend cannot run."""
+def choose(x: torch.Tensor, backend: str, refused: Callable[[str], str | None]) -> str | None:
+    """The backend whose kernel runs for tensors on x's device, or None: the reference, with one warning if "auto" does
+    without a kernel. ``refused`` says why that device's backend cannot run; raises if it is a named one."""
     name = _default if backend == "auto" else backend
     natural = "cpu" if x.is_cpu else _DEVICES.get(x.device.type)
     if name == "torch" or x.is_meta:
@@ -164,21 +163,30 @@ def _choose(
         reason = unavailable(name)
         besides = "" if reason is None else f". Besides, {reason}"
         raise SpikelmError(f"backend {name!r} takes tensors on a {on} device; got one on {x.device}{besides}")
-    kernel = dynamics.kernel
-    if natural is None:
-        reason = f"no kernel for tensors on {x.device}"
-    elif isinstance(kernel, str):
-        reason = kernel
-    elif threshold.numel() > 1 and threshold.numel() not in threshold.shape:
-        reason = f"no kernel for a threshold over several axes, {tuple(threshold.shape)}"
-    else:
-        reason = _refused(natural, kernel.definitions, x.dtype, spike_dtype)
-        if reason is None:
-            return kernel
+    reason = f"no kernel for tensors on {x.device}" if natural is None else refused(natural)
+    if reason is None:
+        return natural
     if name == "auto":
         warn_once(f"{reason}; the reference is used")
         return None
     raise SpikelmError(reason if reason.startswith("backend ") else f"backend {name!r}: {reason}")
+
+
+def _choose(
+    x: torch.Tensor, threshold: torch.Tensor, dynamics: Dynamics, spike_dtype: torch.dtype, backend: str
+) -> Kernel | None:
+    """The kernel to run, or None for the reference; raises if a named backend cannot run."""
+    kernel = dynamics.kernel
+
+    def refused(natural: str) -> str | None:
+        if isinstance(kernel, str):
+            return kernel
+        if threshold.numel() > 1 and threshold.numel() not in threshold.shape:
+            return f"no kernel for a threshold over several axes, {tuple(threshold.shape)}"
+        return _refused(natural, kernel.definitions, x.dtype, spike_dtype)
+
+    found = choose(x, backend, refused)
+    return None if found is None or isinstance(kernel, str) else kernel
 
 
 def _refused(backend: str, definitions: str, io: torch.dtype, spike: torch.dtype) -> str | None:

@@ -20,8 +20,9 @@ from tests.kernel_cases import Case, dynamics, kernel_for
 pytestmark = pytest.mark.usefixtures("fresh")
 F32 = torch.float32
 DEFINITIONS = kernel_for(Case(dynamics("binary"))).definitions
+NAMES = module.FUNCTIONS["tiles.cpp"]
 # A source that compiles at once; the answer is the first function's.
-QUICK = "".join(f'extern "C" int {name}(const void*) {{ return ANSWER; }}\n' for name in module.FUNCTIONS)
+QUICK = "".join(f'extern "C" int {name}(const void*) {{ return ANSWER; }}\n' for name in NAMES)
 
 
 def quick(answer: int = 0) -> str:
@@ -30,7 +31,7 @@ def quick(answer: int = 0) -> str:
 
 def call(text: str) -> int:
     """The answer of a source's library."""
-    return module._load(module.build(text))["forward"](b"")
+    return module._load(module.build(text), NAMES)["forward"](b"")
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +97,11 @@ def test_a_loaded_kernel_is_not_looked_for_again(cache: Path, monkeypatch: pytes
     texts: list[Any] = []
     monkeypatch.setattr(module, "source", lambda *key: texts.append(key) or quick())
     found = module.functions(DEFINITIONS, F32, F32)
-    assert set(found) == set(module.FUNCTIONS)
+    assert set(found) == set(NAMES)
     shutil.rmtree(cache)
     assert module.functions(DEFINITIONS, F32, F32) is found
     assert module.functions(DEFINITIONS, F32, torch.int8) is not found
-    assert texts == [(DEFINITIONS, F32, F32), (DEFINITIONS, F32, torch.int8)]
+    assert texts == [(DEFINITIONS, F32, F32, "tiles.cpp"), (DEFINITIONS, F32, torch.int8, "tiles.cpp")]
 
 
 def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikelm.cpu import launch, module
+from spikelm.cpu import attention, launch, module
 from spikelm.ops.dynamics import Dynamics
 from tests.kernel_cases import NIGHTLY, Case, dynamics, kernel_for
 from tests.kernel_checks import changed, check_sequence, check_sum
@@ -100,11 +100,11 @@ def test_a_changed_line_is_noticed(
 # ---- AddressSanitizer
 
 
-def sanitized(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Compiles the text with every_size.cpp under AddressSanitizer, and runs it."""
+def sanitized(text: str, folder: Path, calls: str = "every_size.cpp") -> subprocess.CompletedProcess[str]:
+    """Compiles the text with a program that calls it under AddressSanitizer, and runs it."""
     program, path = module.compiler(), folder / "main.cpp"
     assert program is not None
-    path.write_text(text + Path(__file__).with_name("every_size.cpp").read_text())
+    path.write_text(text + Path(__file__).with_name(calls).read_text())
     flags = ["-std=c++17", "-O1", "-g", "-march=native", "-fopenmp", "-w", "-fsanitize=address,undefined"]
     built = subprocess.run(
         [program, *flags, "-fno-sanitize-recover=all", str(path), "-o", str(folder / "main")],
@@ -146,3 +146,28 @@ def test_an_access_outside_is_found(old: str, new: str, tmp_path: Path) -> None:
     done = sanitized(changed(module.source(kernel_for(PLAIN).definitions, F32, F32), old, new), tmp_path)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+# The attention and the packing of spikes: as they are, and with a read or a write behind the last element.
+BITS = {
+    "attention": ("attention.cpp", "", ""),
+    "packing": ("packing.cpp", "", ""),
+    "words": ("packing.cpp", "before | bit : before, count", "before | bit : before, All{}"),
+} | (
+    {
+        "keys": ("attention.cpp", "(long)(keys - key));", "All{});"),
+        "sums": ("attention.cpp", "store(to, real(sums[i][k]), last)", "store(to, real(sums[i][k]), All{})"),
+    }
+    if NIGHTLY
+    else {}
+)
+
+
+@pytest.mark.parametrize(("file", "old", "new"), BITS.values(), ids=BITS)
+def test_bits_outside_a_tensor_are_not_touched(file: str, old: str, new: str, tmp_path: Path) -> None:
+    kernel = attention.definitions(kernel_for(DELAYED).definitions.replace("TERNARY", "BINARY"), 2, 37)
+    text = module.source(kernel if file == "attention.cpp" else "", F32, F32, file)
+    calls = file.replace(".cpp", "_sizes.cpp")
+    done = sanitized(changed(text, old, new) if old else text, tmp_path, calls)
+    assert (done.returncode != 0) == bool(old), done.stderr[:2000]
+    assert ("ERROR: AddressSanitizer" in done.stderr) == bool(old)

@@ -1,7 +1,8 @@
-// The words of CUDA for a host compiler: cuda/multistep.cuh runs thread by thread on the CPU, in an order of choice.
+// The words of CUDA for a host compiler: SOURCE, cuda/multistep.cuh or cuda/attention.cuh, runs thread by thread on the
+// CPU, in an order of choice.
 //
-// A kernel with barriers has a fiber for every thread of a block, which stops at every barrier and shuffle until all
-// have come there; any other kernel is called once for every thread.
+// A kernel with barriers has a fiber for every thread of a block, which stops at every barrier, shuffle and vote until
+// all have come there; any other kernel is called once for every thread.
 
 #include <math.h>  // C's headers alone: a build takes half the time
 #include <stdio.h>
@@ -84,7 +85,8 @@ static void enter() {
     fibers[threadIdx.x].done = true;
 }
 
-static void run_fibers(unsigned threads, int schedule) {
+// `together` threads, of a warp or a block, meet the same barriers.
+static void run_fibers(unsigned threads, unsigned together, int schedule) {
     with_fibers = true;
     for (Fiber* fiber = fibers; fiber < fibers + threads; ++fiber) {
         if (!fiber->stack) fiber->stack = (char*)malloc(stack_size);
@@ -95,14 +97,19 @@ static void run_fibers(unsigned threads, int schedule) {
         fiber->context.uc_link = &scheduler;
         makecontext(&fiber->context, enter, 0);
     }
-    for (unsigned finished = 0; finished < threads;) {
+    for (bool all_done = false; !all_done;) {
         const Order order(threads, schedule);
         for (unsigned i = 0; i < threads; ++i) {
             threadIdx.x = order[i];
-            swapcontext(&scheduler, &fibers[threadIdx.x].context);
-            finished += fibers[order[i]].done;
+            if (!fibers[threadIdx.x].done) swapcontext(&scheduler, &fibers[threadIdx.x].context);
         }
-        if (finished != 0 && finished != threads) fail("a barrier that not all threads of a block reach");
+        all_done = true;
+        for (unsigned first = 0; first < threads; first += together) {
+            unsigned finished = 0;
+            for (unsigned i = first; i < first + together; ++i) finished += fibers[i].done;
+            if (finished != 0 && finished != together) fail("a barrier that not all threads reach that have to");
+            all_done = all_done && finished;
+        }
     }
     with_fibers = false;
 }
@@ -120,20 +127,47 @@ static double __shfl_down_sync(unsigned, double value, int distance) {
     return found;
 }
 
-#include "multistep.cuh"
+static unsigned __ballot_sync(unsigned, int vote) {
+    const unsigned first = threadIdx.x / 32 * 32;
+    shim::exchanged[threadIdx.x] = vote;
+    shim::wait();
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) votes |= (unsigned)(shim::exchanged[first + lane] != 0) << lane;
+    shim::wait();
+    return votes;
+}
+
+static unsigned __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+#define QUOTED(text) #text
+#define INCLUDED(name) QUOTED(name)
+#include INCLUDED(SOURCE)
+
+struct Body {
+    void (*call)(const Call&);
+    unsigned together;  // how many threads meet the same barriers: a warp, a block, or 0: there are none
+};
+
+#ifdef CHANNELS  // attention.cuh
+static const Body bodies[] = {{[](const Call& c) { attend(c); }, 32}};
+#else
+static const Body bodies[] = {
+    {[](const Call& c) { run(c); }, 0},
+    {[](const Call& c) { prepare(c); }, 0},
+    {[](const Call& c) { add_partials(c); }, shim::most_threads}};
+#endif
 
 // kernel: its place in spikelm.cuda.module.KERNELS.
 extern "C" void launch(const Call* call, int kernel, unsigned blocks, unsigned threads, int schedule) {
-    void (*const bodies[])(const Call&) = {
-        [](const Call& c) { run(c); }, [](const Call& c) { prepare(c); }, [](const Call& c) { add_partials(c); }};
-    shim::body = bodies[kernel];
+    const unsigned together = bodies[kernel].together;
+    shim::body = bodies[kernel].call;
     shim::argument = call;
     blockDim.x = threads;
     const shim::Order order(blocks, schedule);
     for (unsigned i = 0; i < blocks; ++i) {
         blockIdx.x = order[i];
-        if (kernel == 2) {
-            shim::run_fibers(threads, schedule);
+        if (together) {
+            shim::run_fibers(threads, together < threads ? together : threads, schedule);
             continue;
         }
         const shim::Order of_threads(threads, schedule);
@@ -144,6 +178,7 @@ extern "C" void launch(const Call* call, int kernel, unsigned blocks, unsigned t
     }
 }
 
+#ifndef CHANNELS
 // For the test of index arithmetic, which allocates nothing: where element i of x lies, and its threshold.
 extern "C" long long element_of(unsigned block, unsigned thread) {
     blockIdx.x = block, threadIdx.x = thread, blockDim.x = 128;
@@ -155,3 +190,4 @@ extern "C" double threshold_of(const Call* call, long long i) {
     thresholds_of(i, call->a, V);
     return V[VECTOR - 1];
 }
+#endif

@@ -38,26 +38,34 @@ class Shim:
             (folder / path.name).write_text(text)
         return cls(compiler, folder, folder)
 
-    def launch(self, definitions: str, launches: Sequence[Launch], arguments: bytes, device: torch.device) -> None:
+    def launch(
+        self,
+        definitions: str,
+        launches: Sequence[Launch],
+        arguments: bytes,
+        device: torch.device,
+        source: str = "multistep.cuh",
+    ) -> None:
         assert device.type == "cpu", device
-        library = self.library(definitions)
+        library = self.library(definitions, source)
         self.ran.append(dict(line.split(maxsplit=2)[1:] for line in definitions.splitlines()))
         for kernel, blocks, threads in launches:
-            library.launch(arguments, KERNELS.index(kernel), blocks, threads, self.schedule)
+            library.launch(arguments, KERNELS[source].index(kernel), blocks, threads, self.schedule)
 
-    def library(self, definitions: str) -> ctypes.CDLL:
+    def library(self, definitions: str, source: str = "multistep.cuh") -> ctypes.CDLL:
         """One specialisation, built at the first call."""
         if definitions not in self.loaded:
             path = self.folder / f"{hashlib.sha256(definitions.encode()).hexdigest()[:16]}.so"
-            text = f'{definitions}#include "shim.hpp"\n'
+            text = f'{definitions}#define SOURCE {source}\n#include "shim.hpp"\n'
             includes = ("-I", str(self.sources), "-I", str(Path(__file__).parent))
             command = [self.compiler, *FLAGS, *includes, "-x", "c++", "-", "-o", str(path)]
             done = subprocess.run(command, input=text, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr)  # no AssertionError: a mutant that does not compile proves nothing
             library = ctypes.CDLL(str(path))
-            library.element_of.restype = library.place_of.restype = ctypes.c_longlong
-            library.threshold_of.restype = ctypes.c_double
-            library.place_of.argtypes = library.threshold_of.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
+            if source == "multistep.cuh":
+                library.element_of.restype = library.place_of.restype = ctypes.c_longlong
+                library.threshold_of.restype = ctypes.c_double
+                library.place_of.argtypes = library.threshold_of.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
             self.loaded[definitions] = library
         return self.loaded[definitions]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikelm.cpu import attention
+from spikelm.cpu.module import storage
 from spikelm.cuda import launch, module
 from spikelm.ops.kernel import Kernel
 from tests.cuda.cases import DTYPES, NIGHTLY, STEPS, covering, neurons
@@ -21,7 +23,7 @@ NAMES = ("FORWARD", "FORWARD_SUM", "BACKWARD", "BACKWARD_SUM")
 HEAVIEST = Case(
     dynamics("ternary", "soft_delayed", "ATAN")
 )  # most registers: two thresholds, a division for each slope
-Compile = Callable[[str, str, Path], str]
+Compile = Callable[..., str]
 
 
 def _nvrtc() -> bool:
@@ -36,24 +38,25 @@ def _nvrtc() -> bool:
     return True
 
 
-def _by_nvrtc(definitions: str, architecture: str, cubin: Path) -> str:
-    built, log = module.compile_cubin(definitions, architecture, ("--ptxas-options=-v",))
+def _by_nvrtc(definitions: str, architecture: str, cubin: Path, source: str = "multistep.cuh") -> str:
+    built, log = module.compile_cubin(definitions, architecture, ("--ptxas-options=-v",), source)
     cubin.write_bytes(built)
     return log
 
 
-def _by_nvcc(definitions: str, architecture: str, cubin: Path) -> str:
-    return _nvcc(definitions, cubin, "-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-o", str(cubin)).stderr
+def _by_nvcc(definitions: str, architecture: str, cubin: Path, source: str = "multistep.cuh") -> str:
+    options = ("-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-o", str(cubin))
+    return _nvcc(definitions, cubin, source, *options).stderr
 
 
-def _ptx(definitions: str, folder: Path) -> str:
-    return _nvcc(definitions, folder / "kernel.cubin", "-ptx", "-arch=sm_90", "-o", "-").stdout
+def _ptx(definitions: str, folder: Path, source: str = "multistep.cuh") -> str:
+    return _nvcc(definitions, folder / "kernel.cubin", source, "-ptx", "-arch=sm_90", "-o", "-").stdout
 
 
-def _nvcc(definitions: str, cubin: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    source = cubin.with_suffix(".cu")
-    source.write_text(definitions + '#include "multistep.cuh"\n')
-    command = ["nvcc", *module.OPTIONS, *options, "-I", str(SOURCES), str(source)]
+def _nvcc(definitions: str, cubin: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
+    path = cubin.with_suffix(".cu")
+    path.write_text(f'{definitions}#include "{source}"\n')
+    command = ["nvcc", *module.OPTIONS, *options, "-I", str(SOURCES), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
@@ -61,7 +64,7 @@ def _nvcc(definitions: str, cubin: Path, *options: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="session")
 def compile_for() -> Compile:
-    """compile_for(definitions, architecture, cubin) writes a cubin and returns what ptxas says."""
+    """compile_for(definitions, architecture, cubin, source) writes a cubin and returns what ptxas says."""
     if _nvrtc():
         return _by_nvrtc
     if shutil.which("nvcc"):
@@ -69,7 +72,7 @@ def compile_for() -> Compile:
     pytest.skip("needs NVRTC (CuPy) or nvcc, and there is neither")
 
 
-def spilled(log: str) -> list[tuple[str, int, int]]:
+def spilled(log: str, source: str = "multistep.cuh") -> list[tuple[str, int, int]]:
     """(kernel, bytes of stack, bytes stored) of every kernel in a log that has any."""
     kernels = re.split(r"Compiling entry function '(\w+)'", log)[1:]
     found = []
@@ -77,7 +80,7 @@ def spilled(log: str) -> list[tuple[str, int, int]]:
         numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
         assert numbers, report
         found.append((name, int(numbers[1]), int(numbers[2])))
-    assert {name for name, *_ in found} == set(module.KERNELS)
+    assert {name for name, *_ in found} == set(module.KERNELS[source])
     return [kernel for kernel in found if any(kernel[1:])]
 
 
@@ -103,6 +106,17 @@ def definitions(kernel: Kernel, name: str, dtype: torch.dtype, T: int, in_vector
 def test_compiles_without_spilling(architecture: str, text: str, T: int, compile_for: Compile, tmp_path: Path) -> None:
     log = compile_for(text, architecture, tmp_path / "kernel.cubin")
     assert T > 16 or spilled(log) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("T", "channels"), [(4, 64), (16, 128)])
+def test_attention_compiles_without_spilling(
+    T: int, channels: int, architecture: str, compile_for: Compile, tmp_path: Path
+) -> None:
+    kernel = kernel_for(Case(dynamics("binary", "soft_delayed"))).definitions
+    text = attention.definitions(kernel, T, channels) + storage(torch.float32, torch.bfloat16)
+    log = compile_for(text, architecture, tmp_path / "kernel.cubin", "attention.cuh")
+    assert spilled(log, "attention.cuh") == []
 
 
 def test_a_spill_is_found(compile_for: Compile, tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from spikelm.cuda import launch, module
+from tests import attention_cases
 from tests.conftest import REPOSITORY
+from tests.cuda import test_attention
 from tests.cuda.cases import name_of, neurons, sums, ways
 from tests.cuda.checks import bits_equal, check, check_rounding, check_sum, run
 from tests.kernel_cases import Case, draw, dynamics, kernel_for
 
 pytestmark = pytest.mark.gpu
 
+LONG = attention_cases.Case(B=2, L=200, num_keys=1030, H=3, threshold=4.0)
 PLAIN = Case(dynamics("ternary", "soft_delayed", "TRIANGLE"), frame=(600, 40), threshold=(40,), with_v=True)
 
 
@@ -57,6 +60,11 @@ def test_subnormal_numbers_are_kept() -> None:
     _, v_last = launch.forward(kernel_for(PLAIN), x, None, threshold, 1, torch.float32, 0.0, False, True)
     assert v_last is not None
     assert torch.equal(v_last.cpu(), torch.full((4,), 1e-40))
+
+
+@pytest.mark.parametrize("case", [*test_attention.CASES, LONG], ids=attention_cases.name_of)
+def test_spiking_attention(case: attention_cases.Case) -> None:
+    attention_cases.check(case, "cupy", "cuda")
 
 
 @pytest.mark.parametrize("threshold", [(), (40,), (6000, 1)])
@@ -128,7 +136,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer, which is not on the PATH")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", __file__]
-    chosen = ["-k", "test_weighted_sums or test_spikes_in_int8", "-p", "no:cacheprovider"]
+    chosen = ["-k", "test_weighted_sums or test_spikes_in_int8 or test_spiking_attention", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, *chosen], cwd=REPOSITORY, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,8 @@ class FakeNvrtc:
         return self.version
 
     def createProgram(self, source: str, name: str, headers: tuple[bytes, ...], names: tuple[bytes, ...]) -> int:
-        assert set(names) == {b"multistep.cuh", b"steps.cuh"}
+        (included,) = re.findall(r'#include "(.*)"', source)
+        assert set(names) == {included.encode(), b"scalars.cuh", b"steps.cuh", b"entries.cuh"}
         self.alive += 1
         return 1
 
@@ -183,8 +185,8 @@ def test_a_cubin_is_built_once(cupy: SimpleNamespace, tmp_path: Path) -> None:
 
 def test_another_source_is_another_cubin(cupy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     module.build("", "sm_90")
-    headers = module._headers()
-    monkeypatch.setattr(module, "_headers", lambda: headers | {"steps.cuh": headers["steps.cuh"] + "\n"})
+    texts = module._texts("multistep.cuh")
+    monkeypatch.setattr(module, "_texts", lambda source: texts | {"steps.cuh": texts["steps.cuh"] + "\n"})
     assert module.build("", "sm_90") == b"cubin 2"
 
 
@@ -213,7 +215,9 @@ def test_what_the_driver_is_told(cupy: SimpleNamespace) -> None:
         ((b"cubin 1", "add_partials"), (3, 1, 1, 32, 1, 1, 0), 77, b"argument", 0),
     ]
     assert cupy.launched == 3 * expected
-    assert set(module._LOADED) == {("#define A\n", 0), ("#define A\n", 1)}
+    assert set(module._LOADED) == {("#define A\n", 0, "multistep.cuh"), ("#define A\n", 1, "multistep.cuh")}
+    module.launch("#define A\n", [Launch("attend", 2, 128)], b"argument", torch.device("cuda", 0), "attention.cuh")
+    assert cupy.launched[-1][:2] == ((b"cubin 2", "attend"), (2, 1, 1, 128, 1, 1, 0))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_wrong_kernel_is_found(
     ("old", "new"), [("(bits >> 16) & 1)", "(~bits >> 16) & 1)"), ("0x7fc0 : nearest", "nearest : nearest")]
 )
 def test_a_wrong_rounding_is_found(old: str, new: str, mutated: Callable[[str, str, str], Shim]) -> None:
-    mutated("multistep.cuh", old, new)
+    mutated("scalars.cuh", old, new)
     with pytest.raises(AssertionError):
         check_rounding(torch.bfloat16)
 

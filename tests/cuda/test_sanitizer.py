@@ -46,13 +46,16 @@ class Recorder:
             span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             content = bytes(tensor.as_strided((span,), (1,)).view(torch.uint8).numpy())
             parts += [struct.pack("q", len(content)), content]
-        parts += [struct.pack("3q", KERNELS.index(kernel), blocks, threads) for kernel, blocks, threads in launches]
+        places = [KERNELS["multistep.cuh"].index(kernel) for kernel, *_ in launches]
+        parts += [struct.pack("3q", place, *shape) for place, (_, *shape) in zip(places, launches, strict=True)]
         self.calls.append((definitions, b"".join(parts)))
 
 
 def replay(compiler: str, sources: Path, folder: Path, call: tuple[str, bytes]) -> subprocess.CompletedProcess[str]:
     definitions, record = call
-    (folder / "kernel.cpp").write_text(f'{definitions}#include "shim.hpp"\n#include "replay.hpp"\n')
+    (folder / "kernel.cpp").write_text(
+        f'{definitions}#define SOURCE multistep.cuh\n#include "shim.hpp"\n#include "replay.hpp"\n'
+    )
     (folder / "record").write_bytes(record)
     program = folder / "kernel"
     command = [compiler, "-O1", "-std=c++17", "-w", "-fsanitize=address", "-I", str(sources), "-I", str(HERE)]

@@ -9,14 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spikelm.distill.losses import (
+    attention_alignment,
     chunked_logit_loss,
+    chunked_sum,
+    embedding_alignment,
+    feature_alignment,
     feature_distance,
+    hard_target,
     hidden_alignment,
     kl_divergence,
     loss_mask,
     matrix_orientation,
+    next_tokens,
     relative_hidden_error,
+    row_max_scaled,
     sbds_divergence,
+    soft_target,
+    teacher_rate,
     token_mean,
 )
 
@@ -231,3 +240,117 @@ def test_a_silent_teacher_gives_no_nan() -> None:
     student = torch.zeros(1, 3, 4, requires_grad=True)
     relative_hidden_error([zero], [student], mask).backward()
     assert bool((student.grad == 0).all())
+
+
+def slow_rate(value: float, T: int, beta: float, v_threshold: float) -> float:
+    membrane, spike, count = 0.0, 0, 0
+    for _ in range(T):
+        membrane = value + beta * membrane - spike * v_threshold
+        spike = int(membrane >= v_threshold)
+        count += spike
+    return count / T
+
+
+@pytest.mark.parametrize(
+    ("v_threshold", "value", "of_two", "of_four"),
+    [(1.0, 0.3, 0, 0.25), (1.0, 0.5, 0, 0.25), (1.0, 0.7, 0.5, 0.5), (1.0, 1.0, 0.5, 0.75), (1.0, 2.0, 1, 1)]
+    + [(0.7, 0.25, 0, 0.25), (0.7, 0.4, 0.5, 0.5), (0.7, 0.7, 0.5, 0.75), (0.7, 1.0, 1, 1), (0.7, -3.0, 0, 0)],
+)
+def test_teacher_rate_of_golden_currents(v_threshold: float, value: float, of_two: float, of_four: float) -> None:
+    values = torch.full((2, 3), value)
+    for T, expected in ((2, of_two), (4, of_four)):
+        assert (teacher_rate(values, T, 0.9, v_threshold) == expected).all()
+
+
+def test_teacher_rate_against_a_slow_loop_for_any_shape() -> None:
+    values = logits(2, 3, 5, 5, scale=1.5).requires_grad_()
+    rate = teacher_rate(values, 5, 0.8, 0.6)
+    slow = [slow_rate(value, 5, 0.8, 0.6) for value in values.flatten().tolist()]
+    assert rate.flatten().tolist() == pytest.approx(slow) and len(set(slow)) > 4
+    assert rate.shape == values.shape and rate.dtype == torch.float64 and not rate.requires_grad
+    assert teacher_rate(torch.tensor(0.5).bfloat16(), 4, 0.9, 1.0) == torch.tensor(0.25)
+    assert teacher_rate(torch.zeros(0, 3), 4, 0.9, 1.0).shape == (0, 3)
+
+
+def test_the_rates_of_a_long_context_are_zero_without_row_scaling() -> None:
+    """A probability fires from V / 3.439 on (T = 4, beta 0.9): evenly over four keys or more, none does."""
+    even = torch.ones(8, 8).tril() / torch.arange(1, 9)[:, None]
+    plain, scaled = (teacher_rate(each, 4, 0.9, 1.0) for each in (even, row_max_scaled(even)))
+    assert (plain[:3].tril() > 0).sum() == 6 and (plain[3:] == 0).all()
+    assert (scaled == 0.75 * torch.ones(8, 8).tril()).all()
+    rows = row_max_scaled(torch.tensor([[0.2, 0.1, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(rows, torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]]))
+
+
+@given(masked_batches(), st.floats(0, 1), st.none() | st.integers(1, 50))
+def test_alignments_against_slow_loops(
+    batch: tuple[Tensor, Tensor | None, Tensor | None], gamma: float, num_items: int | None
+) -> None:
+    input_ids, labels, attention_mask = batch
+    size, length = input_ids.shape
+    mask = loss_mask(*batch)
+    counted = mask.nonzero().tolist()
+    items = max(1, len(counted)) if num_items is None else num_items
+    teacher, rate, student = (logits(size, length, 3, seed=seed) for seed in (1, 2, 3))
+    embedding = features = maps = 0.0
+    for b, q in counted:
+        for c in range(3):
+            s, t, r = (each[b, q, c].item() for each in (student, teacher, rate))
+            embedding += (s - t) ** 2 / 3 / items
+            features += (gamma * (s - r) ** 2 + (1 - gamma) * (s - t) ** 2) / 3 / items
+    teacher_map, rate_map, student_map = (logits(size, 2, length, length, seed=seed) for seed in (4, 5, 6))
+    for b, q in counted:
+        keys = [k for k in range(q + 1) if attention_mask is None or attention_mask[b, k]]
+        for head in range(2):
+            for k in keys:
+                s, t, r = (each[b, head, q, k].item() for each in (student_map, teacher_map, rate_map))
+                maps += (gamma * (s - r) ** 2 + (1 - gamma) * (s - t) ** 2) / len(keys) / 2 / items
+    assert embedding_alignment(teacher, student, mask, num_items).item() == pytest.approx(embedding, abs=1e-10)
+    found = feature_alignment(teacher, rate, student, mask, num_items, gamma)
+    assert found.item() == pytest.approx(features, abs=1e-10)
+    found = attention_alignment(teacher_map, rate_map, student_map, mask, num_items, gamma, attention_mask)
+    assert found.item() == pytest.approx(maps, abs=1e-10)
+
+
+@given(masked_batches(), st.none() | st.integers(1, 50))
+def test_targets_against_slow_loops(batch: tuple[Tensor, Tensor | None, Tensor | None], num_items: int | None) -> None:
+    input_ids, labels, attention_mask = batch
+    mask = loss_mask(*batch)
+    counted = mask.nonzero().tolist()
+    items = max(1, len(counted)) if num_items is None else num_items
+    teacher, student = logits(*mask.shape, 20, seed=1), logits(*mask.shape, 20, seed=2)
+    soft = hard = 0.0
+    for b, t in counted:
+        soft += 4 * slow_kl(teacher[b, t] / 2, student[b, t] / 2) / items
+        target = int((input_ids if labels is None else labels)[b, t + 1])
+        exponentials = [math.exp(v) for v in student[b, t].tolist()]
+        hard -= math.log(exponentials[target] / sum(exponentials)) / items
+    assert soft_target(teacher, student, mask, num_items).item() == pytest.approx(soft, abs=1e-10)
+    targets = next_tokens(input_ids, labels)
+    assert hard_target(student, targets, mask, num_items).item() == pytest.approx(hard, abs=1e-10)
+
+
+def test_alignments_in_half_precision_are_computed_in_float32() -> None:
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    half = [logits(2, 4, 4, seed=seed).bfloat16() for seed in range(3)]
+    maps = [each.unsqueeze(1) for each in half]
+    for function, given_to in (
+        (lambda t, r, s, m: embedding_alignment(t, s, m), half),
+        (feature_alignment, half),
+        (attention_alignment, maps),
+        (lambda t, r, s, m: soft_target(t, s, m), half),
+        (lambda t, r, s, m: hard_target(s, torch.zeros(2, 4, dtype=torch.long), m), half),
+    ):
+        found = function(*given_to, mask)
+        assert found.dtype == torch.float32
+        wide = function(*(each.double() for each in given_to), mask)
+        assert wide.dtype == torch.float64
+        torch.testing.assert_close(found, wide.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_sum_of_several_values() -> None:
+    rows = logits(7, 3), torch.arange(7)
+    whole = chunked_sum(lambda x, n: torch.stack([x.sum(), (x[:, 0] * n).sum()]), rows, 100)
+    chunked = chunked_sum(lambda x, n: torch.stack([x.sum(), (x[:, 0] * n).sum()]), rows, 2)
+    assert whole.shape == (2,)
+    torch.testing.assert_close(chunked, whole)

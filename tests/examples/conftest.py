@@ -45,6 +45,16 @@ MINIMAL_SPIKINGMAMBA = EVERYWHERE | {
     "distillation.optimisation.batch_size": 4,
     "distillation.optimisation.save_steps": SAVE_STEPS,
 }
+MINIMAL_BISPIKCLM = EVERYWHERE | {
+    "student.hidden_size": 32,
+    "student.num_hidden_layers": 2,
+    "student.num_attention_heads": 4,
+    "student.T": 2,
+    "optimisation.steps": 60,
+    "optimisation.batch_size": 4,
+    "optimisation.save_steps": SAVE_STEPS,
+    "optimisation.bf16": "false",
+}
 
 
 @contextlib.contextmanager
@@ -157,6 +167,20 @@ def mar(small_text: Path) -> Example:
 def spikingmamba(small_text: Path) -> Example:
     """examples/spikingmamba."""
     return Example(EXAMPLES / "spikingmamba", MINIMAL_SPIKINGMAMBA, small_text)
+
+
+@pytest.fixture(scope="session")
+def bispikclm(small_text: Path) -> Example:
+    """examples/bispikclm."""
+    return Example(EXAMPLES / "bispikclm", MINIMAL_BISPIKCLM, small_text)
+
+
+@pytest.fixture(scope="session")
+def finished_bispikclm(bispikclm: Example, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output_dir of a minimal run of examples/bispikclm on the teacher of `finished`. Tests leave it as it is."""
+    output_dir = tmp_path_factory.mktemp("bispikclm") / "run"
+    assert bispikclm.run(output_dir, {"teacher": finished / "teacher"}) == 0
+    return output_dir
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,58 @@ def test_a_given_stage1_leads_to_the_same_student(
     assert after["stage1"] == before["stage1"] and after["student"] == before["student"]
 
 
+@pytest.fixture(scope="module")
+def from_stage1(finished: Path) -> dict[str, Any]:
+    """Fields of a run that trains but a student, from the finished run's stage 1 and with its Llama as the teacher."""
+    return {
+        "teacher": finished / "teacher",
+        "stage1": finished / "stage1",
+        "spiking.teacher": "llama",
+        "spiking.optimisation.steps": 6,
+        "spiking.optimisation.learning_rate": 0.001,
+    }
+
+
+def test_spad_trains_the_student_and_leaves_no_projection_in_it(
+    mar: Any, from_stage1: dict[str, Any], finished: Path, tmp_path: Path, weights: Callable[..., Any]
+) -> None:
+    from spikelm.distill.callbacks import read_metrics
+
+    output_dir = tmp_path / "run"
+    assert mar.run(output_dir, from_stage1 | {"objective": "spad", "spad.v_threshold": 0.7}) == 0
+    (line,) = read_metrics(output_dir / "training" / "student" / "log.jsonl")
+    parts = {"embedding": 0.2, "attention": 0.1, "feature": 0.1, "soft": 0.3, "hard": 0.3}
+    assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in parts.items()), rel=1e-4)
+    assert min(line[name] for name in ("attention", "feature", "soft", "hard")) > 0
+    assert weights(output_dir / "student").keys() == weights(finished / "student").keys()
+    metrics = metrics_of(output_dir)
+    assert metrics["config"]["objective"] == "spad" and metrics["config"]["spad"]["v_threshold"] == 0.7
+    assert metrics["student"]["ce"] < metrics["training"]["student"]["at_conversion"]["ce"]
+
+
+def test_kl_is_the_forward_divergence_alone(
+    mar: Any, from_stage1: dict[str, Any], tmp_path: Path, weights: Callable[..., Any]
+) -> None:
+    forward = {"spiking.alpha": 1.0, "spiking.beta": 0.0, "spiking.feature_weight": 0.0}
+    unread = {"spiking.alpha": 0.1, "spiking.beta": 0.9, "spiking.feature_weight": 2.0}
+    assert mar.run(tmp_path / "sbds", from_stage1 | forward) == 0
+    assert mar.run(tmp_path / "kl", from_stage1 | unread | {"objective": "kl"}) == 0
+    expected, found = weights(tmp_path / "sbds" / "student"), weights(tmp_path / "kl" / "student")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_spad_wants_a_teacher_with_attention(
+    mar: Any, from_stage1: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = from_stage1 | {"objective": "spad", "spiking.teacher": "stage1"}
+    assert mar.run(tmp_path / "run", fields) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: objective=spad compares attention maps") and "spiking.teacher=llama" in errors
+    assert mar.run(tmp_path / "run", fields | {"spad.gamma": 2}) == 2
+    assert "gamma must be in [0, 1], given 2" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_without_its_earlier_stage_is_refused(
     mar: Any, same_teacher: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +302,21 @@ def test_ablation_rows_are_not_trained_again(mar: Any, ablation: tuple[Path, lis
     assert json.loads(one.read_text()) == before
     again = {name: state for name, state in files(output_dir).items() if name.startswith("row-")}
     assert [name for name in rows if again[name][0] != rows[name][0]] == [one.name]
+
+
+def test_objectives_are_compared_under_the_llama(mar: Any, finished: Path, tmp_path: Path) -> None:
+    fields = {"tables": "[objective]", "seeds": "[0, 1]", "optimisation.steps": 1, "optimisation.batch_size": 4}
+    arguments = [f"run={finished}", f"output_dir={tmp_path}", *(f"{name}={value}" for name, value in fields.items())]
+    assert mar.call("ablate.py", arguments) == 0
+    rows = json.loads((tmp_path / "ablation.json").read_text())["Objectives, the Llama as frozen teacher"]
+    assert [(row["row"]["name"], row["row"]["seed"]) for row in rows] == [
+        (name, seed) for name in ("SBDS", "SpAD", "KL") for seed in (0, 1)
+    ]
+    assert {row["row"]["teacher"] for row in rows} == {"llama"}
+    assert len({row["ce"] for row in rows}) == 6  # each objective and seed makes another student
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:7]] == ["| SBDS", "| SpAD", "| KL"]
+    assert all(line.count("+-") == 6 for line in lines[4:7])
 
 
 def test_ablation_of_something_that_is_no_run_is_one_line(
