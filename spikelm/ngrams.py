@@ -20,25 +20,26 @@ def ngram_cross_entropies(train: Rows, held_out: Rows, vocab_size: int, smoothin
     """
     if smoothing <= 0:
         raise SpikelmError(f"smoothing must be > 0; got {smoothing}")
-    pairs = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
-    for row in train:
-        first, second = _pairs(row)
-        pairs.index_put_((first, second), torch.ones((), dtype=torch.float64), accumulate=True)
-    unigram = pairs.sum(0) + 1
+    first, second = _pairs(train)
+    unigram = torch.bincount(second, minlength=vocab_size).double() + 1
     unigram /= unigram.sum()
-    prior = smoothing * vocab_size * unigram
-    bigram = (pairs + prior) / (pairs.sum(1, keepdim=True) + prior.sum())
-    sums, tokens = torch.zeros(2, dtype=torch.float64), 0
-    for row in held_out:
-        first, second = _pairs(row)
-        sums -= torch.stack([unigram[second].log().sum(), bigram[first, second].log().sum()])
-        tokens += len(second)
-    if not tokens:
+    before = torch.bincount(first, minlength=vocab_size).double()  # how often a token had a next one
+    seen, counts = torch.unique(first * vocab_size + second, return_counts=True)  # V^2 counts would not fit
+    first, second = _pairs(held_out)
+    if not len(second):
         raise SpikelmError("the dataset holds no context to evaluate on")
-    found: list[float] = (sums / tokens).tolist()
-    return {"unigram": found[0], "bigram": found[1]}
+    pair = first * vocab_size + second
+    place = torch.searchsorted(seen, pair).clamp(max=len(seen) - 1)
+    count = torch.where(seen[place] == pair, counts[place], 0)
+    bigram = (count + smoothing * vocab_size * unigram[second]) / (before[first] + smoothing * vocab_size)
+    return {"unigram": -unigram[second].log().mean().item(), "bigram": -bigram.log().mean().item()}
 
 
-def _pairs(row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.as_tensor(row["input_ids"])
-    return ids[:-1], ids[1:]
+def _pairs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token that has a next one in its row, and that one."""
+    contexts = [torch.as_tensor(row["input_ids"]) for row in rows]
+    nothing = torch.empty(0, dtype=torch.long)
+    return (
+        torch.cat([nothing, *(ids[:-1] for ids in contexts)]),
+        torch.cat([nothing, *(ids[1:] for ids in contexts)]),
+    )

@@ -112,12 +112,10 @@ def main() -> None:
         results = run_rows(
             run, plan, lambda row: train_row(experiment, config_of(config, row, ablation), row, contexts)
         )
-        reference = {
-            "teacher": evaluate(experiment.teacher, experiment.held_out, max_contexts=contexts),
-            "ngrams": ngram_cross_entropies(
-                experiment.train_data, islice(experiment.held_out, contexts), experiment.teacher.config.vocab_size
-            ),
-        }
+        reference = {"teacher": evaluate(experiment.teacher, experiment.held_out, max_contexts=contexts)}
+        if not config.streaming:
+            held_out, vocabulary = islice(experiment.held_out, contexts), experiment.teacher.config.vocab_size
+            reference["ngrams"] = ngram_cross_entropies(experiment.train_data, held_out, vocabulary)
         print(write_tables(run, results, COLUMNS, reference=reference, config=to_dict(ablation)))
 
 

@@ -11,6 +11,7 @@ interrupted run. output_dir gets student, dense, metrics.json and figures/.
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def distil(experiment: Experiment, config: Config, name: str = "student") -> tup
 
 
 def distil_dense(experiment: Experiment, config: Config) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The same without spikes: OPT, whose shape and initial weights are the student's, softmax attention and norms."""
+    """The same without spikes: an OPT of the student's shape, with softmax attention, ReLU and norms."""
     set_seed(config.seed)
     shape = config.model_config(experiment.teacher.config)
     dense = OPTForCausalLM(dense_config(shape))
@@ -68,7 +69,7 @@ def distil_dense(experiment: Experiment, config: Config) -> tuple[PreTrainedMode
 
 
 def dense_config(shape: BiSpikCLMConfig) -> OPTConfig:
-    """OPT of the student's shape; its maps come from eager attention."""
+    """OPT of the student's shape, all of its weights drawn as wide as the student's first projections; eager maps."""
     return OPTConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, ffn_dim=shape.ffn_dim,
         num_hidden_layers=shape.num_hidden_layers, num_attention_heads=shape.num_attention_heads,
@@ -93,7 +94,8 @@ def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[s
     metrics: dict[str, Any] = {name: experiment.evaluate(model) for name, model in models.items()}
     vocabulary = models["teacher"].config.vocab_size
     if not settings.streaming:
-        metrics["ngrams"] = ngram_cross_entropies(experiment.train_data, experiment.held_out, vocabulary)
+        held_out = islice(experiment.held_out, settings.evaluation_contexts)
+        metrics["ngrams"] = ngram_cross_entropies(experiment.train_data, held_out, vocabulary)
     trained = [name for name in models if name != "teacher"]
     metrics["parameters"] = {name: model.num_parameters() for name, model in models.items()}
     metrics["training"] = {name: run.stage_record(name) for name in trained}

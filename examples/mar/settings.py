@@ -84,7 +84,8 @@ class Config(Settings):
     """Everything a run depends on. steps=0 leaves orientation or alignment out.
 
     objective is the loss of stage 2: "sbds", MAR's, with the fields of spiking; "kl", the forward KL alone; "spad",
-    BiSpikCLM's, with the fields of spad, whose attention maps want spiking.teacher=llama.
+    BiSpikCLM's, with the fields of spad, whose attention maps want spiking.teacher=llama. spad's T, beta and
+    v_threshold are of the neuron that turns the teacher's values into rates, not of the student's.
     """
 
     stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one

@@ -19,7 +19,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters, empty ones left out (see DistillationTrainer).
 
-    SpikelmError when nothing is trainable, or when a threshold learning rate is given and no "*.neuron.a" is trainable.
+    SpikelmError when nothing is trainable, or when a threshold learning rate is given and no threshold ("*neuron.a") is
+    trainable.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -27,7 +28,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if f".{name}".endswith(".neuron.a"):
+        if name.endswith("neuron.a"):
             thresholds.append(parameter)
         else:
             (matrices if parameter.ndim >= 2 else others).append(parameter)
@@ -42,7 +43,7 @@ def parameter_groups(
         if not thresholds:
             raise SpikelmError(
                 f"threshold_learning_rate={threshold_learning_rate} is given, but {type(model).__name__} has no "
-                'trainable threshold (a parameter named "*.neuron.a")'
+                'trainable threshold (a parameter named "*neuron.a")'
             )
         groups[2]["lr"] = threshold_learning_rate
     return [group for group in groups if group["params"]]

@@ -26,7 +26,7 @@ class RobustTrainer(Trainer):
 
     A loss or gradient that is not finite stops the run before the optimizer's step, and a student that is not finite is
     never saved; the error names the step, the last whole checkpoint and the likely cause. Weight decay spares
-    parameters of less than two dimensions and thresholds ("*.neuron.a"). A checkpoint counts only when marked COMPLETE;
+    parameters of less than two dimensions and thresholds ("*neuron.a"). A checkpoint counts only when marked COMPLETE;
     `save_total_limit` counts those, and the disk's free space is asked for before each.
     """
 

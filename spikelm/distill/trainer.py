@@ -45,7 +45,7 @@ class DistillationTrainer(RobustTrainer):
 
     Beyond RobustTrainer: losses are means over the counted tokens of the whole update, so that gradient accumulation
     equals one big batch; every term of the objective and the tokens per second are logged as the mean since the last
-    log; thresholds ("*.neuron.a") may have a learning rate of their own. The teacher is put on the student's device,
+    log; thresholds ("*neuron.a") may have a learning rate of their own. The teacher is put on the student's device,
     frozen and set to eval mode, and stays so.
 
     Args:

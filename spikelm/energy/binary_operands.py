@@ -14,13 +14,15 @@ from spikelm.errors import SpikelmError
 
 _WITH_WEIGHTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::mv": (0, 1), "aten::addmv": (1, 2)}
 _OF_ACTIVATIONS = {"aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
+_NOT_LOOKED_INTO = ("convolution", "scaled_dot_product", "_int_mm", "linear", "aten::dot")
 
 
 class BinaryOperands(OperationCounter):
-    """Within it, a product of matrices with real numbers where spikes {0, 1} belong raises SpikelmError, named.
+    """Within it, a product with real numbers where spikes {0, 1} belong raises SpikelmError, named.
 
     A product with a weight (mm, addmm) takes one binary operand, a batched product (bmm: Q K^T and A V) two. The output
-    head is left out. Attention on packed bits has no such product: look at a model with output_attentions=True.
+    head is left out. Convolutions and fused attention, whose operands are not looked at, raise too. Attention on packed
+    bits has no such product: look at a model with output_attentions=True.
 
     Attributes:
         checked: operator -> products that were looked at.
@@ -43,6 +45,8 @@ class BinaryOperands(OperationCounter):
     ) -> Any:
         operator, scope = func._schema.name, self._scopes[-1] if self._scopes else ""
         places = _WITH_WEIGHTS.get(operator) or _OF_ACTIVATIONS.get(operator)
+        if scope not in self._left_out and any(name in operator for name in _NOT_LOOKED_INTO):
+            raise SpikelmError(f"{operator} in {scope or 'the model'}: its operands are not looked at")
         if places is not None and scope not in self._left_out:
             binary = [is_binary(args[place]) for place in places]
             if not (all(binary) if operator in _OF_ACTIVATIONS else any(binary)):

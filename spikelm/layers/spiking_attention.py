@@ -19,6 +19,11 @@ from spikelm.ops.spiking_attention import (
     unpack_tokens,
 )
 
+# The bits' kernel has the delayed soft reset alone.
+NEURON_ARGUMENTS = {
+    *("beta", "v_threshold", "reset_delay", "learn_threshold", "surrogate_function", "detach_reset", "backend")
+}
+
 
 class StatelessBinaryIF(BinaryIF):
     """BinaryIF that starts from rest at every call and keeps nothing: x_seq [T, *] -> spikes [T, *].
@@ -48,7 +53,8 @@ class SpikingSelfAttention(nn.Module):
 
     Args:
         hidden_size: channels, a multiple of num_heads.
-        neuron: arguments of BinaryIF for every population; None is the paper's, beta 0.9 and delayed soft reset.
+        neuron: arguments of BinaryIF for every population, of its delayed soft reset and beta <= 1 alone; None is
+            {"beta": 0.9, "reset_delay": True}, the paper's.
         map_threshold: of SN_map, the overlap of a query and a key that a link takes; None is the neuron's [ours].
         bias: of the four projections.
         layer_idx: which layer of a cache this is.
@@ -67,6 +73,10 @@ class SpikingSelfAttention(nn.Module):
         if hidden_size < 1 or num_heads < 1 or hidden_size % num_heads:
             raise SpikelmError(f"hidden_size must be a multiple of num_heads; got {hidden_size} and {num_heads}")
         neuron = {"beta": 0.9, "reset_delay": True} if neuron is None else dict(neuron)
+        if neuron.get("reset_delay") is not True or not NEURON_ARGUMENTS.issuperset(neuron):
+            raise SpikelmError(
+                f"neuron must have reset_delay=True and may have {', '.join(sorted(NEURON_ARGUMENTS))}; got {neuron}"
+            )
         self.num_heads, self.layer_idx = num_heads, layer_idx
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(4)
@@ -92,11 +102,12 @@ class SpikingSelfAttention(nn.Module):
         keys = self._heads(self.key_neuron(self.k_proj(hidden_states)))
         values = self._heads(self.value_neuron(self.v_proj(hidden_states)))
         if attention_mask is not None:
-            real = attention_mask.to(keys.dtype)[:, :, None, None]
+            real = (attention_mask != 0).to(keys.dtype)[:, :, None, None]
             keys, values = keys * real, values * real
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         average = None
-        differentiated = torch.is_grad_enabled() and queries.requires_grad
+        learned = (queries, keys, values, *self.map_neuron.parameters())
+        differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
         if output_attentions or differentiated or queries.dtype == torch.float64:
             mixed, average = self._by_matrices(queries, keys, values, cache, output_attentions)
         else:
@@ -124,7 +135,7 @@ class SpikingSelfAttention(nn.Module):
         causal = torch.ones(overlap.shape[-2:], dtype=queries.dtype, device=queries.device).tril(past)
         fired = self.map_neuron(overlap).to(queries.dtype) * causal
         mixed = count(fired, values, values.shape[3]).transpose(2, 3)
-        return mixed, fired.mean(0) if output_attentions else None
+        return mixed.to(queries.dtype), fired.mean(0) if output_attentions else None
 
     def _by_bits(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: Any) -> torch.Tensor:
         """A V [T, B, L, H, d] in integers; no map is stored."""
@@ -135,8 +146,9 @@ class SpikingSelfAttention(nn.Module):
             seen = cache.get_seq_length()
         neuron = self.map_neuron
         mixed, _ = spiking_attention(
-            pack_channels(queries), packed_keys, packed_values, num_keys=seen, threshold=float(neuron.v_threshold),
-            beta=neuron.beta, dtype=queries.dtype, backend=neuron.backend,
+            pack_channels(queries), packed_keys, packed_values, num_keys=seen,
+            threshold=float(neuron._threshold(queries, 0)), beta=neuron.beta, dtype=queries.dtype,
+            backend=neuron.backend,
         )  # fmt: skip
         return mixed
 

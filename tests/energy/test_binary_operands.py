@@ -57,3 +57,17 @@ def test_the_head_is_left_out() -> None:
     with BinaryOperands(WithHead()) as operands:
         operands.model(torch.randn(3, 4))
     assert not operands.checked
+
+
+def test_products_that_are_not_looked_into_are_refused() -> None:
+    x = torch.rand(1, 2, 3, 4)
+    for module, given in ((nn.Conv1d(3, 3, 1), (binary(),)), (Fused(), (x, x, x))):
+        with pytest.raises(SpikelmError, match="its operands are not looked at"), BinaryOperands(module):
+            module(*given)
+
+
+class Fused(nn.Module):
+    """Attention in one operator."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)

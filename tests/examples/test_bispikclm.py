@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +33,8 @@ def test_metrics_hold_what_is_promised(finished_bispikclm: Path) -> None:
     for name in ("student", "dense"):
         record = metrics["training"][name]
         assert record["steps"] == STEPS
-        weights = {"embedding": 0.2, "attention": 0.1, "feature": 0.1, "soft": 0.3, "hard": 0.3}
+        terms = ("embedding", "attention", "feature", "soft", "hard")
+        weights = {term: metrics["config"]["alignment"][f"{term}_weight"] for term in terms}
         assert record["loss"] == pytest.approx(sum(w * record[term] for term, w in weights.items()), rel=1e-4)
     assert set(metrics["wall_s"]) >= {"student", "dense"} and metrics["versions"]["torch"]
 
@@ -156,3 +159,48 @@ def test_train_mode_does_not_change_the_spikes(finished_bispikclm: Path) -> None
     with torch.no_grad():
         packed = student(ids).logits
     assert torch.equal(student.train()(ids).logits, packed)
+
+
+def test_thresholds_have_a_learning_rate_of_their_own(bispikclm: Any, finished: Path, tmp_path: Path) -> None:
+    fields = {"teacher": finished / "teacher", "dense": "false", "student.learn_threshold": "true"}
+    fields |= {"optimisation.steps": 4, "optimisation.learning_rate": 1e-9}
+    assert bispikclm.run(tmp_path / "run", fields | {"optimisation.threshold_learning_rate": 0.1}) == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert student.model.layers[0].fc1_neuron.a.abs().max() > 0.01
+
+
+MEMORY = """
+import resource, sys, torch
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from spikelm.distill import SpAD
+from spikelm.models.bispikclm import BiSpikCLMConfig, BiSpikCLMForCausalLM
+torch.manual_seed(0)
+OPTForCausalLM(OPTConfig()).save_pretrained(sys.argv[1])
+teacher = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval().requires_grad_(False)
+assert 125e6 < teacher.num_parameters() < 126e6
+student = BiSpikCLMForCausalLM(BiSpikCLMConfig.opt("125m", T=2)).train()
+objective = SpAD(T=2, project=True)
+student.distillation_projections = objective.build_projections(student, teacher)
+optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+batch = {"input_ids": torch.randint(3, 50000, (1, 32))}
+losses = []
+for _ in range(5):
+    loss = objective(student, teacher, batch)["loss"]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_teacher_of_opt_125ms_shape_fits_into_8_gigabytes(tmp_path: Path, repository: Path) -> None:
+    """Written by transformers with random weights; five steps of a student of the same shape, with AdamW."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "opt-125m")]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = float(done.stdout.splitlines()[-1])
+    print(f"peak memory {peak / 1e9:.2f} GB")
+    assert peak < 8e9

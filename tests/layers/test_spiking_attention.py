@@ -85,6 +85,26 @@ def test_bits_and_matrices_give_the_same_spikes(dtype: torch.dtype, learn_thresh
     assert set((maps * T).round(decimals=4).unique().tolist()) <= {0, 1, 2, 3} or dtype != torch.float32
 
 
+@pytest.mark.parametrize(("dtype", "length"), [(torch.bfloat16, 300), (torch.float16, 2100)])
+def test_16_bit_holds_long_contexts(dtype: torch.dtype, length: int) -> None:
+    """bfloat16 counts to 256 and float16 to 2048: sums beyond are formed in float32, and rounded."""
+    layer, x = attention().to(dtype), spikes(length, 0.4, steps=1)[:, :1].to(dtype)
+    by_matrices, _ = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], by_matrices)
+        layer(x, output_attentions=True)
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj", "map_neuron"])
+def test_one_projection_alone_is_trained(trained: str) -> None:
+    neuron = {"beta": 0.9, "reset_delay": True, "learn_threshold": True}
+    layer = attention(neuron=neuron).requires_grad_(False)
+    layer.get_submodule(trained).requires_grad_(True)
+    layer(spikes())[0].sum().backward()
+    for parameter in layer.get_submodule(trained).parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("output_attentions", [False, True])
 def test_tokens_in_turn_give_what_all_at_once_give(output_attentions: bool) -> None:
@@ -113,6 +133,7 @@ def test_padding_is_silent() -> None:
     mask = torch.ones(B, L, dtype=torch.long)
     mask[0, :3] = 0
     for output_attentions in (False, True):
+        assert torch.equal(layer(x, 2.0 * mask)[0], layer(x, mask)[0]), "what is not 0 is a token"
         out, _ = layer(x, mask, output_attentions=output_attentions)
         assert torch.equal(out[:, :1, 3:], layer(x[:, :1, 3:])[0])
         assert torch.equal(out[:, 1], layer(x)[0][:, 1])
@@ -143,6 +164,16 @@ def test_stateless_neuron_is_the_neuron_at_rest() -> None:
     assert torch.equal(stateless(x), node(x))
     assert torch.equal(stateless(x), stateless(x))
     assert stateless.v == 0.0
+
+
+@pytest.mark.parametrize(
+    "neuron", [{"beta": 0.9}, {"reset_delay": False}, {"reset_delay": True, "num_channels": 3}, {"v_reset": 0.0}]
+)
+def test_refuses_neurons_that_the_bits_have_no_kernel_for(neuron: dict[str, object]) -> None:
+    with pytest.raises(SpikelmError, match="neuron must have reset_delay=True and may have .*v_threshold; got {"):
+        SpikingSelfAttention(24, 2, neuron)
+    with pytest.raises(SpikelmError, match="beta must be within"):
+        SpikingSelfAttention(24, 2, {"reset_delay": True, "beta": 1.1})
 
 
 def test_refuses_heads_that_do_not_divide() -> None:

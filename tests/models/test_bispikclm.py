@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import snntorch
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from spikelm.energy import BinaryOperands
 from spikelm.errors import SpikelmError
@@ -139,6 +139,8 @@ def test_hidden_states_and_attentions() -> None:
     spikes = output.hidden_states[0] * model.config.T
     assert torch.equal(spikes, spikes.round()) and 0 < spikes.mean() < model.config.T
     assert torch.equal(model(ids).logits, output.logits)
+    assert torch.equal(model(ids, return_dict=False)[0], output.logits)
+    assert isinstance(model.model(ids, return_dict=False), tuple)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
@@ -147,7 +149,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     model.activation_checkpointing_enable()
-    model(ids, labels=ids, output_attentions=True).loss.backward()
+    model(ids, labels=ids, output_attentions=True, use_cache=True).loss.backward()  # the layers leave the cache alone
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
         assert parameter.grad.abs().sum() > 0, name
@@ -238,6 +240,7 @@ def test_auto_classes() -> None:
 )
 def test_save_and_load_in_a_new_process(tmp_path: Path, arguments: dict[str, object]) -> None:
     model, ids = bispikclm(**arguments), tokens(2, 9)
+    torch.nn.init.normal_(model.model.embed_positions.weight)  # they start as sinusoids, and must not come back as such
     model.save_pretrained(tmp_path)
     torch.save((ids, model(ids).logits.detach(), generate(model, ids)), tmp_path / "expected.pt")
     script = (
@@ -257,6 +260,19 @@ def test_sizes_are_opts(size: str, parameters: float) -> None:
     with torch.device("meta"):
         model = BiSpikCLMForCausalLM(BiSpikCLMConfig.opt(size))
     assert model.num_parameters() == pytest.approx(parameters, rel=0.01)
+
+
+def test_positions_start_as_sinusoids_beside_the_normalised_embedding() -> None:
+    """Neighbours are alike, whatever the embedding's scale."""
+    for scale in (0.02, 5.0):
+        model = bispikclm(initializer_range=scale, initializer_position=0.5)
+        table = model.model.embed_positions.weight
+        assert table.square().mean().item() == pytest.approx(0.25, rel=0.05)
+        assert model.model.layers[1].fc2.weight.std().item() == pytest.approx(2.0 / 128**0.5, rel=0.1)
+        closeness = [torch.nn.functional.cosine_similarity(table[50], table[50 + k], dim=0).item() for k in (1, 4, 16)]
+        assert 1 > closeness[0] > closeness[1] > closeness[2]
+    quiet = bispikclm(initializer_position=0.0).model(tokens(1, 1).expand(1, 6), output_hidden_states=True)
+    assert torch.equal(quiet.hidden_states[0][:, :1].expand(-1, 6, -1), quiet.hidden_states[0])
 
 
 def test_learned_thresholds_are_parameters_of_every_population() -> None:
@@ -288,10 +304,13 @@ def test_trains_with_trainer(tmp_path: Path) -> None:
     [
         ({"T": 0}, "T must be an integer >= 1; got 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer >= 1; got 0"),
+        ({"ffn_dim": 0}, "ffn_dim must be an integer >= 1; got 0"),
+        ({"T": 2.0}, "T must be an integer >= 1; got 2.0"),
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads; got 32 and 5"),
         ({"beta": 1.5}, "beta must be within"),
-        ({"v_threshold": 0.0}, "v_threshold must be a float"),
-        ({"map_threshold": -1.0}, "v_threshold must be a float"),
+        ({"v_threshold": 0.0}, "v_threshold must be a finite number > 0; got 0.0"),
+        ({"map_threshold": -1.0}, "map_threshold must be a finite number > 0; got -1.0"),
+        ({"surrogate_alpha": -1.0}, "surrogate_alpha must be a finite number > 0; got -1.0"),
     ],
 )
 def test_refuses_configurations(arguments: dict[str, object], message: str) -> None:
@@ -325,6 +344,9 @@ def test_refuses_other_masks_and_caches() -> None:
         SpikelmError, match=r"attention_mask must be \[2, 5\], over 0 cached and 5 new tokens; got \(2, 4\)"
     ):
         model(ids, attention_mask=torch.ones(2, 4))
+    for cache in (DynamicCache(), DynamicCache(config=model.config), BiSpikCLMCache(1), ((ids, ids),)):
+        with pytest.raises(SpikelmError, match=r"past_key_values must be a BiSpikCLMCache\(2\).*; got a "):
+            model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="cache_implementation must be None or 'dynamic'; got 'static'"):
         generate(model, ids, cache_implementation="static")
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):

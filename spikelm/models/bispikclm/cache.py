@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from spikelm.errors import SpikelmError
 from spikelm.ops.spiking_attention import pack_channels, pack_tokens
 
 _BLOCK = 256  # tokens by which the memory of a layer grows
@@ -99,6 +100,16 @@ class PackedSpikes(CacheLayerMixin):
         if self.is_initialized:
             self.keys = self.keys[:, indices.to(self.device)]
             self.values = self.values[:, indices.to(self.device)]
+
+
+def check_cache(cache: Any, num_hidden_layers: int) -> None:
+    """SpikelmError unless it is a BiSpikCLMCache of as many layers."""
+    if not isinstance(cache, BiSpikCLMCache) or len(cache.layers) != num_hidden_layers:
+        layers = f" of {len(cache.layers)} layers" if isinstance(cache, BiSpikCLMCache) else ""
+        raise SpikelmError(
+            f"past_key_values must be a BiSpikCLMCache({num_hidden_layers}), which keeps spikes as bits; got a "
+            f"{type(cache).__name__}{layers}"
+        )
 
 
 class BiSpikCLMCache(Cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -35,7 +36,9 @@ class BiSpikCLMConfig(PreTrainedConfig):
             the block; "binary", a neuron behind every sum instead, so that the stream itself is {0, 1}.
         initializer_gain: weights of a projection start with a standard deviation of initializer_gain / sqrt(inputs),
             so that neurons fire at every width. [ours]
-        initializer_range: standard deviation of the embeddings.
+        initializer_range: standard deviation of the token embeddings.
+        initializer_position: root mean square of the positions, at first sinusoids; they are added to the normalised
+            token embedding. [ours]
 
     Example:
 
@@ -65,6 +68,7 @@ class BiSpikCLMConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_gain: float = 0.577
     initializer_range: float = 0.02
+    initializer_position: float = 1.0
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -73,9 +77,16 @@ class BiSpikCLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        for name in (*counts, "T"):
-            if getattr(self, name) < 1:
-                raise SpikelmError(f"{name} must be an integer >= 1; got {getattr(self, name)}")
+        if self.ffn_dim is None:
+            self.ffn_dim = 4 * self.hidden_size
+        for name in (*counts, "ffn_dim", "T"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SpikelmError(f"{name} must be an integer >= 1; got {value!r}")
+        for name in ("v_threshold", "map_threshold", "surrogate_alpha"):
+            value = getattr(self, name)
+            if not (value is None and name == "map_threshold") and not (0 < value < math.inf):
+                raise SpikelmError(f"{name} must be a finite number > 0; got {value!r}")
         if self.residual not in ("integer", "binary"):
             raise SpikelmError(f"residual must be 'integer' or 'binary'; got {self.residual!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -83,8 +94,6 @@ class BiSpikCLMConfig(PreTrainedConfig):
                 "hidden_size must be a multiple of num_attention_heads; got "
                 f"{self.hidden_size} and {self.num_attention_heads}"
             )
-        if self.ffn_dim is None:
-            self.ffn_dim = 4 * self.hidden_size
         super().__post_init__(**kwargs)
 
     @classmethod

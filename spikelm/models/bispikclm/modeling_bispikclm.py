@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
 
 from spikelm.errors import SpikelmError
 from spikelm.layers.spiking_attention import SpikingSelfAttention, per_channel
-from spikelm.models.bispikclm.cache import BiSpikCLMCache
+from spikelm.models.bispikclm.cache import BiSpikCLMCache, check_cache
 from spikelm.models.bispikclm.configuration_bispikclm import BiSpikCLMConfig
 
 
@@ -68,9 +70,24 @@ class BiSpikCLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_gain / module.in_features**0.5)
+        if isinstance(module, Positions):
+            init.copy_(module.weight, self.config.initializer_position * sinusoids(*module.weight.shape))
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_gain / module.in_features**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class Positions(nn.Embedding):
+    """The learned positions, a class of its own for its first values."""
+
+
+def sinusoids(length: int, channels: int) -> torch.Tensor:
+    """[length, channels] of mean square 1: sines, then cosines, of wavelengths from 2 pi to 2 pi length."""
+    angles = torch.arange(length)[:, None] * float(length) ** -torch.linspace(0, 1, -(-channels // 2))
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, :channels]
 
 
 class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
@@ -79,7 +96,7 @@ class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
     def __init__(self, config: BiSpikCLMConfig) -> None:
         super().__init__(config)
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_positions = Positions(config.max_position_embeddings, config.hidden_size)
         self.input_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.input_neuron = per_channel(config.neuron, config.hidden_size)
         self.layers = nn.ModuleList([BiSpikCLMBlock(config, i) for i in range(config.num_hidden_layers)])
@@ -95,6 +112,7 @@ class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
         """Replaces the token embedding."""
         self.embed_tokens = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -119,9 +137,12 @@ class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = BiSpikCLMCache(self.config.num_hidden_layers)
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config.num_hidden_layers)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions, mask = self._positions(embedded, attention_mask, position_ids, past)
-        current = self.input_layer_norm(embedded + self.embed_positions(positions))
+        # The norm is of the tokens alone: in a sum the growing embedding would drown the positions.
+        current = self.input_layer_norm(embedded) + self.embed_positions(positions)
         spikes = self.input_neuron(current.expand(self.config.T, *current.shape))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -130,7 +151,9 @@ class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
         streams, maps = [], []
         for layer in self.layers:
             streams += [spikes.mean(0)] if output_hidden_states else []
-            spikes, average = layer(spikes, mask, past_key_values, bool(output_attentions))
+            spikes, average = layer(
+                spikes, mask, past_key_values=past_key_values, output_attentions=bool(output_attentions)
+            )
             maps.append(average)
         hidden_states = self.final_layer_norm(spikes.mean(0))
         return BaseModelOutputWithPast(
@@ -145,6 +168,7 @@ class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Positions [1 or B, L], counted over real tokens, and the new tokens' mask [B, L] where there is padding."""
         length, longest = embedded.shape[1], self.config.max_position_embeddings
+        tokens: int | None = None  # of the longest context, where that is known without looking into a tensor
         if attention_mask is not None and attention_mask.shape != (embedded.shape[0], past + length):
             raise SpikelmError(
                 f"attention_mask must be [{embedded.shape[0]}, {past + length}], over {past} cached and {length} new "
@@ -155,10 +179,13 @@ class BiSpikCLMModel(BiSpikCLMPreTrainedModel):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=embedded.device).unsqueeze(0)
-        if position_ids.numel() and int(position_ids.max()) >= longest:
+            tokens = past + length
+        if tokens is None:
+            tokens = int(position_ids.max()) + 1 if position_ids.numel() else 0
+        if tokens > longest:
             raise SpikelmError(
-                f"the context has {int(position_ids.max()) + 1} tokens; this model's table of positions "
-                f"(max_position_embeddings) ends at {longest}"
+                f"the context has {tokens} tokens; this model's table of positions (max_position_embeddings) ends at "
+                f"{longest}"
             )
         return position_ids, attention_mask[:, past:] if attention_mask is not None and padded else None
 
@@ -187,6 +214,7 @@ class BiSpikCLMForCausalLM(BiSpikCLMPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = BiSpikCLMCache(self.config.num_hidden_layers)
         return False
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -199,9 +227,8 @@ class BiSpikCLMForCausalLM(BiSpikCLMPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+    ) -> CausalLMOutputWithPast:
         """Logits [B, L, vocab_size] (of the last ``logits_to_keep`` positions if given) and, with labels, the loss."""
         outputs = self.model(
             input_ids=input_ids,
@@ -217,11 +244,10 @@ class BiSpikCLMForCausalLM(BiSpikCLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return result.to_tuple() if return_dict is False else result
