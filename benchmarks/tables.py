@@ -7,6 +7,7 @@ A table stands between <!-- table: NAME --> and <!-- end -->; everything between
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import student_tables
 from student_tables import RESULTS, ROOT, machine, markdown, read
 
 IMAGES = ROOT / "docs" / "images"
-PAGES = ("mar.md", "spikingmamba.md", "digits.md", "benchmarks.md")
+PAGES = ("mar.md", "spikingmamba.md", "bispikclm.md", "digits.md", "benchmarks.md")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES))
 # Results of benchmarks/compare.py: the device, and where it is to be run.
 COMPARISONS = {"cpu": ("cpu", "a quiet machine"), "h200": ("cuda", "a machine with an NVIDIA H200")}
@@ -240,8 +241,29 @@ def roofline(result: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def attention() -> str:
+    """Spiking attention on bits against matrix products, as benchmarks/attention.py measured it."""
+    result = read("attention.json")
+    peers = list(result["rows"][0]["times_faster"])
+    lines = []
+    for (phase, keys, threads), rows in by(result["rows"], "phase", "num_keys", "threads").items():
+        for row in rows:
+            times = [f"{row.get('times_faster', {}).get(peer, math.nan):.1f}".replace("nan", "") for peer in peers]
+            floor = f"{row['to_floor']:.1f}" if "to_floor" in row else ""
+            what = f"{phase}, {keys} keys, {threads} thread{'s' if threads > 1 else ''}"
+            lines.append([what, row["contender"], f"{row['us'] / 1000:.3f}", *times, floor])
+    columns = ("", "contender", "ms", *(f"against {peer.replace('matrix ', '')}" for peer in peers), "in floors")
+    row, where = result["rows"][0], machine(result, ("python", "torch"))
+    return (
+        f"{markdown(columns, lines)}\n\n"
+        f"T = {row['T']}, {row['H']} heads of {row['d_h']}, batch {row['B']}, random spikes at a rate of "
+        f"{result['firing_rate']:g}; the floor reads the bits and writes the result. {where}."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **student_tables.TABLES,
+    "attention": attention,
     "neurons": neurons,
     "mar_profile": mar_profile,
     "cpu": lambda: comparison("cpu"),

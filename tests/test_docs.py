@@ -72,6 +72,13 @@ def test_the_hub_block_of_the_spikingmamba_page_runs_on_a_local_model(
     assert len(spike_sites(AutoModelForCausalLM.from_pretrained("student"))) == 4
 
 
+def test_the_block_of_the_bispikclm_page_runs() -> None:
+    torch.manual_seed(0)
+    names = run(blocks("bispikclm.md")[0], "bispikclm.md")
+    assert len(names["maps"]) == 4 and names["maps"][0].shape == (1, 4, 32, 32)
+    assert names["text"].shape[1] > 32
+
+
 def test_a_neuron_of_ones_own_passes_its_test() -> None:
     definition, tests, custom_surrogate = blocks("extending.md")
     assert len(definition.splitlines()) <= 30

@@ -39,7 +39,7 @@ class Ablation:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     T: list[int] = field(default_factory=lambda: [2, 4])
     optimisation: Optimisation = Optimisation(
-        steps=400, learning_rate=4e-3, warmup_fraction=0.1, max_grad_norm=0.7, bf16=True
+        steps=1200, batch_size=8, learning_rate=3e-3, warmup_fraction=0.1, max_grad_norm=0.7, bf16=True
     )
     evaluation_contexts: int = 96
 
@@ -61,13 +61,16 @@ def tables(ablation: Ablation) -> dict[str, list[Trained]]:
     }
     steps: dict[str, dict[str, dict[str, Any]]] = {f"T = {T}": {"student": {"T": T}} for T in ablation.T}
     design: dict[str, dict[str, dict[str, Any]]] = {
-        "integer residual": {},
+        "as the run": {},
         "binary residual": {"student": {"residual": "binary"}},
-        "integer residual, learned thresholds": {"student": {"learn_threshold": True}},
         "binary residual, learned thresholds": {"student": {"residual": "binary", "learn_threshold": True}},
-        "map threshold 4": {"student": {"map_threshold": 4.0}},
-        "v_threshold 0.7": {"student": {"v_threshold": 0.7}},
+        "learned thresholds": {"student": {"learn_threshold": True}},
+        "map threshold as everywhere, 1": {"student": {"map_threshold": None}},
+        "surrogate of alpha 2": {"student": {"surrogate_alpha": 2.0}},
+        "positions of 0.02": {"student": {"initializer_position": 0.02}},
+        "SAA's weight 0.1": {"alignment": {"attention_weight": 0.1}},
         "teacher's maps not scaled by row": {"alignment": {"row_max": False}},
+        "v_threshold 0.7": {"student": {"v_threshold": 0.7}},
     }
     plan = {"terms": terms, "T": steps, "design": design}
     return {

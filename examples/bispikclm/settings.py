@@ -37,6 +37,7 @@ class Student:
     map_threshold: float | None = None
     learn_threshold: bool = False
     surrogate_alpha: float = 2.0
+    initializer_position: float = 1.0
     detach_reset: bool = False
     residual: Literal["integer", "binary"] = "integer"
 
