@@ -87,6 +87,19 @@ class Settings:
             raise SpikelmError("the embedded teacher takes data=embedded alone, without streaming, or other text")
 
 
+@dataclass(frozen=True)
+class EmbeddedLlama:
+    """The Llama trained on the spot for teacher=embedded."""
+
+    steps: int = 1200
+    vocab_size: int = 512
+    hidden_size: int = 64
+    num_hidden_layers: int = 4
+    intermediate_size: int = 176
+    batch_size: int = 16
+    learning_rate: float = 6e-3
+
+
 @dataclass
 class Experiment:
     """A run directory, the teacher on its device, and the packed text."""

@@ -6,21 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from spikelm.distill import SpAD
-from spikelm.experiment import Optimisation, Settings
+from spikelm.experiment import EmbeddedLlama, Optimisation, Settings
 from spikelm.models.bispikclm import BiSpikCLMConfig
-
-
-@dataclass(frozen=True)
-class EmbeddedTeacher:
-    """The Llama trained on the spot for teacher=embedded."""
-
-    steps: int = 1200
-    vocab_size: int = 512
-    hidden_size: int = 64
-    num_hidden_layers: int = 4
-    intermediate_size: int = 176
-    batch_size: int = 16
-    learning_rate: float = 6e-3
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class Config(Settings):
     dense: also train an OPT of the same shape, without spikes, with the same objective, text and steps, to compare.
     """
 
-    embedded_teacher: EmbeddedTeacher = EmbeddedTeacher()
+    embedded_teacher: EmbeddedLlama = EmbeddedLlama()
     student: Student = Student()
     alignment: Alignment = Alignment()
     optimisation: Optimisation = Optimisation()

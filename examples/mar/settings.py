@@ -7,22 +7,9 @@ from typing import Literal
 
 import spikelm
 from spikelm.distill import SpAD
-from spikelm.experiment import Optimisation, Settings
+from spikelm.experiment import EmbeddedLlama, Optimisation, Settings
 
 STAGES = ("orientation", "alignment", "stage1", "student")
-
-
-@dataclass(frozen=True)
-class EmbeddedTeacher:
-    """The Llama trained on the spot for teacher=embedded."""
-
-    steps: int = 1200
-    vocab_size: int = 512
-    hidden_size: int = 64
-    num_hidden_layers: int = 4
-    intermediate_size: int = 176
-    batch_size: int = 16
-    learning_rate: float = 6e-3
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ class Config(Settings):
 
     stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one
     stages: list[Literal["orientation", "alignment", "stage1", "student"]] = field(default_factory=lambda: list(STAGES))
-    embedded_teacher: EmbeddedTeacher = EmbeddedTeacher()
+    embedded_teacher: EmbeddedLlama = EmbeddedLlama()
     mixer: Mixer = Mixer()
     orientation: Optimisation = Optimisation()
     alignment: Optimisation = Optimisation()
