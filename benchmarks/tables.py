@@ -17,7 +17,7 @@ import student_tables
 from student_tables import RESULTS, ROOT, machine, markdown, read
 
 IMAGES = ROOT / "docs" / "images"
-PAGES = ("mar.md", "spikingmamba.md", "bispikclm.md", "digits.md", "benchmarks.md")
+PAGES = ("mar.md", "spikingmamba.md", "bispikclm.md", "spikingbert.md", "weights.md", "digits.md", "benchmarks.md")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES))
 # Results of benchmarks/compare.py: the device, and where it is to be run.
 COMPARISONS = {"cpu": ("cpu", "a quiet machine"), "h200": ("cuda", "a machine with an NVIDIA H200")}

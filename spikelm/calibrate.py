@@ -44,7 +44,7 @@ def calibrate(
 
     x are the inputs the projections see in the dense model on ``batches`` (mappings of the model's forward arguments),
     padding left out; the first ``tokens_per_site`` tokens are kept. Call once, on a model fresh from
-    :func:`spikelm.spikify`.
+    :func:`spikelm.spikify`. Binary and ternary weights stay so in that dense model; V is folded into their masters.
 
     Args:
         max_sum_of_rates: only thresholds at which a channel's mean of sum_t |s_t| is no larger, > 0. None: any.

@@ -1,7 +1,8 @@
 """Spiking models in transformers' own checkpoints: the recipe travels in the configuration.
 
 from_pretrained builds the dense architecture and hands it, before any weight is read, to the quantiser that the
-configuration names; ours puts the neurons in. So a spiking model needs no loader of its own.
+configuration names; ours puts the neurons in, and packs the weights if they are packed in the file. So a spiking model
+needs no loader of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spikelm.convert import Recipe, spike_sites, spikify
 from spikelm.deploy import deploy
 from spikelm.errors import SpikelmError
+from spikelm.layers.bit_linear import BitLinear
 
 
 @register_quantization_config("spikelm")
@@ -59,7 +61,10 @@ class SpikingQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        spikify(model, replace(self.quantization_config.to_recipe(), deployed=None))
+        recipe = self.quantization_config.to_recipe()
+        spikify(model, replace(recipe, deployed=None))
+        if self._reads_packed(recipe):
+            _deploy_as(model, **dict(recipe.deployed or {}))
         # Rounded to 16 bit, thresholds would give other spikes than the saved model's.
         keep: Any = model
         keep._keep_in_fp32_modules_strict = {*(keep._keep_in_fp32_modules_strict or ()), "neuron"}
@@ -67,14 +72,35 @@ class SpikingQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Thresholds that no file held are uninitialised memory: an error, or the start value over dense weights."""
         recipe = self.quantization_config.to_recipe()
+        if self._reads_packed(recipe):
+            check_loaded(model)
+            model.requires_grad_(False)  # the loader has made parameters anew
         unset = {n: o for n, o in spike_sites(model).items() if not getattr(o.neuron.a, "_is_hf_initialized", False)}
         if unset and (self.pre_quantized or recipe.calibrated):
             raise SpikelmError(f"the checkpoint has no thresholds (neuron.a) for {', '.join(unset)}")
         for owner in unset.values():
             owner.neuron.v_threshold = recipe.neuron_arguments.get("v_threshold", 1.0)
-        if recipe.deployed:
+        if recipe.deployed and not self._reads_packed(recipe):
             _deploy_as(model, **dict(recipe.deployed))
         return model
+
+    def _reads_packed(self, recipe: Recipe) -> bool:
+        """Whether the file holds packed weights, for which the layers must be packed before they are read."""
+        return self.pre_quantized and recipe.deployed is not None and recipe.deployed["form"] == "packed"
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises SpikelmError for packed layers that no file filled, or filled with what is no code."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitLinear) and layer.packed:
+            tensors = {"packed_weight": layer.packed_weight, "weight_scale": layer.weight_scale}
+            unset = [key for key, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+            if unset:
+                raise SpikelmError(f"the checkpoint has no {' and no '.join(unset)} for {name}")
+            try:
+                layer.check_packed()
+            except SpikelmError as error:
+                raise SpikelmError(f"the checkpoint is damaged: {name}: {error}") from error
 
 
 def _deploy_as(model: nn.Module, form: str | None, accumulate_dtype: str | None = None) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 
 from spikelm.bypass import forbid_bypass
 from spikelm.errors import SpikelmError
+from spikelm.layers.bit_linear import BitLinear
 from spikelm.layers.spiking_linear import SiteNeuron, SpikingLinear
 from spikelm.neurons import ATMN, TILIF
+from spikelm.ops.weight_quantization import FORMS
 
 # The neurons that a recipe can name.
 NEURONS: dict[str, type[SiteNeuron]] = {"ATMN": ATMN, "TILIF": TILIF}
@@ -31,6 +33,8 @@ class Recipe:
             mapping with "name" and its arguments.
         calibrated: set by :func:`spikelm.calibrate`: thresholds are chosen and folded into the weights.
         deployed: set by :func:`spikelm.deploy`: its ``form`` and the name of its ``accumulate_dtype``.
+        weights: "float", "binary" or "ternary", of the projections behind neurons; see spikelm.layers.BitLinear.
+        per_row: a scale per output of binary or ternary weights instead of one per matrix.
     """
 
     sites: Mapping[str, Sequence[str]]
@@ -38,6 +42,8 @@ class Recipe:
     neuron_arguments: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
     deployed: Mapping[str, str | None] | None = None
+    weights: str = "float"
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         if self.neuron not in NEURONS:
@@ -46,14 +52,35 @@ class Recipe:
             raise SpikelmError("sites must map at least one site name to a non-empty list of module-name patterns")
         if self.deployed is not None and not {"form"} <= set(self.deployed) <= {"form", "accumulate_dtype"}:
             raise SpikelmError(f"deployed must name form and accumulate_dtype; got {dict(self.deployed)}")
+        if self.weights not in FORMS:
+            raise SpikelmError(f"weights must be one of {', '.join(FORMS)}; got {self.weights!r}")
+        if not isinstance(self.per_row, bool) or (self.per_row and self.weights == "float"):
+            raise SpikelmError(
+                f"per_row must be a bool, and True only with binary or ternary weights; got {self.per_row!r} with "
+                f"{self.weights} weights"
+            )
 
     @classmethod
-    def preset(cls, name: str, *, neuron: str | None = None, **neuron_arguments: Any) -> Recipe:
+    def preset(
+        cls,
+        name: str,
+        *,
+        neuron: str | None = None,
+        weights: str = "float",
+        per_row: bool = False,
+        **neuron_arguments: Any,
+    ) -> Recipe:
         """The sites and, where no other is given, the neuron of ``PRESETS[name]``, with the neuron's arguments."""
         if name not in PRESETS:
             raise SpikelmError(f"the recipe presets are {', '.join(PRESETS)}; got {name!r}")
         preset = PRESETS[name]
-        return replace(preset, neuron=neuron or preset.neuron, neuron_arguments=neuron_arguments)
+        return replace(
+            preset,
+            neuron=neuron or preset.neuron,
+            neuron_arguments=neuron_arguments,
+            weights=weights,
+            per_row=per_row,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -108,7 +135,8 @@ def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
 
     Raises:
         SpikelmError: a pattern matches no nn.Linear, two sites claim one projection, the projections of a bank differ
-            in their input size, or the model is spiking already. The model is then unchanged.
+            in their input size, one is a BitLinear of other weights than the recipe's, or the model is spiking already.
+            The model is then unchanged.
     """
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if recipe.deployed:
@@ -121,7 +149,7 @@ def spikify(model: nn.Module, recipe: Recipe | str) -> nn.Module:
         for name in names:
             linear = cast(nn.Linear, model.get_submodule(name))
             neuron = owner.neuron if owner else recipe.make_neuron(linear.in_features).to(linear.weight.device)
-            layer = SpikingLinear.from_linear(linear, neuron, shares_with=owner)
+            layer = SpikingLinear.from_linear(linear, neuron, owner, recipe.weights, recipe.per_row)
             owner = owner or layer
             model.set_submodule(name, layer)
     forbid_bypass(model)
@@ -158,8 +186,14 @@ def projections_of(model: nn.Module, owner: SpikingLinear) -> list[SpikingLinear
 def fold_threshold(model: nn.Module, owner: SpikingLinear, v_threshold: torch.Tensor) -> None:
     """Sets V [in_features] of a bank and folds it into the weights behind it, W[:, c] <- W[:, c] V_c.
 
-    The projections then compute W (V s) with plain accumulation of W's columns. Only for weights not yet folded.
+    The projections then compute W (V s) with plain accumulation of W's columns. Only for weights not yet folded. Of
+    binary and ternary weights W are the masters.
+
+    Raises:
+        SpikelmError: packed weights, whose masters are gone.
     """
+    if any(layer.packed for layer in projections_of(model, owner)):
+        raise SpikelmError("the weights behind this bank are packed: no threshold can be folded into them any more")
     owner.neuron.v_threshold = v_threshold
     for layer in projections_of(model, owner):
         layer.weight.mul_(v_threshold.to(layer.weight.dtype))
@@ -178,6 +212,7 @@ def _find_banks(model: nn.Module, recipe: Recipe) -> list[list[str]]:
             for name in names:
                 if claimed.setdefault(name, site) != site:
                     raise SpikelmError(f"sites {claimed[name]!r} and {site!r} both claim {name}")
+                _check_weights(name, linears[name], recipe)
                 bank = banks.setdefault((name.rpartition(".")[0], site), [])
                 if name not in bank:
                     bank.append(name)
@@ -186,6 +221,17 @@ def _find_banks(model: nn.Module, recipe: Recipe) -> list[list[str]]:
         if len(sizes) > 1:
             raise SpikelmError(f"site {site!r}: {', '.join(names)} have no common input size: {sorted(sizes)}")
     return list(banks.values())
+
+
+def _check_weights(name: str, linear: nn.Linear, recipe: Recipe) -> None:
+    """Weights that are quantised already stay as they are, or it is an error."""
+    if not isinstance(linear, BitLinear):
+        return
+    own = "packed" if linear.packed else (linear.weights, linear.per_row)
+    if own != (recipe.weights, recipe.per_row):
+        raise SpikelmError(
+            f"{name} is a BitLinear, {linear}; the recipe wants {recipe.weights}, per_row={recipe.per_row}"
+        )
 
 
 def _surrogate(specification: str | Mapping[str, Any]) -> Any:

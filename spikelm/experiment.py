@@ -165,28 +165,14 @@ class Experiment:
         self, name: str, build: Callable[[], tuple[PreTrainedModel, dict[str, Any]]], asked: bool = True
     ) -> PreTrainedModel | None:
         """The model of a finished stage; builds and saves it where it is asked for and not there; None if neither."""
-        if self.run.is_done(name):
-            return self.load(name)
-        if not asked:
-            return None
-        say(f"{name}: training")
-        start = time.monotonic()
-        model, record = build()
-        model.eval()
-        record |= {"total_s": round(time.monotonic() - start, 1)}
-        self.run.finish_stage(name, lambda directory: self._save(model, directory), record)
-        for checkpoint in (self.run.path("training") / name).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)  # the optimiser's state; log.jsonl stays
-        return model
+        return (
+            trained_stage(self.run, name, build, self.load, self.tokenizer) if asked or self.run.is_done(name) else None
+        )
 
     def load(self, name: str) -> PreTrainedModel:
         """The model of a finished stage."""
         model: Any = AutoModelForCausalLM.from_pretrained(self.run.path(name))
         return model.to(self.teacher.device).eval()
-
-    def _save(self, model: PreTrainedModel, directory: Path) -> None:
-        model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
 
     def spiking_copy(
         self, dense: PreTrainedModel, recipe: Recipe, contexts: int, max_sum_of_rates: float | None = None
@@ -235,18 +221,47 @@ class Experiment:
         return self.run.path("training") / stage / "log.jsonl"
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
+def trained_stage(
+    run: RunDirectory,
+    name: str,
+    build: Callable[[], tuple[PreTrainedModel, dict[str, Any]]],
+    load: Callable[[str], PreTrainedModel],
+    tokenizer: Any,
+) -> PreTrainedModel:
+    """load(name) where the stage is finished; else what build() gives with a record, saved with the tokenizer."""
+    if run.is_done(name):
+        return load(name)
+    say(f"{name}: training")
+    start = time.monotonic()
+    model, record = build()
+    model.eval()
+    record |= {"total_s": round(time.monotonic() - start, 1)}
+
+    def save(directory: Path) -> None:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    run.finish_stage(name, save, record)
+    for checkpoint in list((run.path("training") / name).glob("**/checkpoint-*")):
+        shutil.rmtree(checkpoint)  # the optimiser's state; log.jsonl stays
+    return model
+
+
+AnySettings = TypeVar("AnySettings")
 
 
 def finished_settings(settings_class: type[AnySettings], directory: str | Path, stage: str) -> AnySettings:
-    """The configuration of the finished run in ``directory``, which has ``stage``; its own teacher by its path."""
+    """The configuration of the finished run in ``directory``, which has ``stage``; its own teacher by its path.
+
+    settings_class: a dataclass with a field ``teacher``.
+    """
     source = Path(directory)
     if not (source / "metrics.json").exists() or not (source / stage).exists():
         raise SpikelmError(f"run must be the output_dir of a finished train.py with a {stage}; got {directory}")
     stage_manifest(source / stage)  # whole, or an error
     try:
         saved = json.loads((source / "metrics.json").read_text(encoding="utf-8"))["config"]
-        settings = from_dict(settings_class, saved)
+        settings: Any = from_dict(settings_class, saved)
     except (SpikelmError, ValueError, KeyError) as error:
         raise SpikelmError(f"run {directory} is not one of this example's train.py (or of another version)") from error
     return replace(settings, teacher=str(source / "teacher")) if settings.teacher == "embedded" else settings

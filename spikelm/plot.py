@@ -295,6 +295,36 @@ def pareto(
     return _save(figure, path)
 
 
+def against_steps(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    path: str | Path,
+    *,
+    y_label: str,
+    level: Mapping[str, float] | None = None,
+    logarithmic: bool = False,
+) -> Path:
+    """One line per name over the time steps T (logarithmic), its points (T, value); ``level``: dashed, by name."""
+    if not any(curves.values()):
+        raise SpikelmError("against_steps needs at least one point")
+    figure = _new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
+    for number, (name, value) in enumerate((level or {}).items()):
+        axes.axhline(value, linestyle="--", linewidth=1, color=str(0.2 + 0.3 * number), label=name)
+    axes.set_xscale("log", base=2)
+    steps = sorted({T for points in curves.values() for T, _ in points})
+    axes.set_xticks(steps, [str(T) for T in steps])
+    if logarithmic:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+    axes.set_xlabel("time steps T")
+    axes.set_ylabel(y_label)
+    axes.grid(True, which="both", color="0.92", linewidth=0.6)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
 def _on_every_channel(x: torch.Tensor, neuron: "DynamicsNode") -> torch.Tensor:
     """x [points] as one step's input, with an axis on which each of the neuron's channels gets all of x."""
     channels, axis = neuron.num_channels, neuron.channel_dim

@@ -1,10 +1,11 @@
 """Models that several test files build."""
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, Mamba2Config, Mamba2ForCausalLM
 
 from spikelm.models.bispikclm import BiSpikCLMConfig, BiSpikCLMForCausalLM
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
+from spikelm.models.spikingbert import SpikingBertConfig, SpikingBertForSequenceClassification
 
 
 def llamba() -> LlambaForCausalLM:
@@ -51,3 +52,25 @@ def bispikclm(**arguments: object) -> BiSpikCLMForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return BiSpikCLMForCausalLM(BiSpikCLMConfig(**fields)).eval()
+
+
+BERT = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def spikingbert(**arguments: object) -> SpikingBertForSequenceClassification:
+    """A fresh random SpikingBert in eval mode, the same at every call: 2 layers, width 32, 4 heads, vocabulary 64.
+
+    Its weights are large enough that every population fires.
+    """
+    shape = BERT | {"num_hidden_layers": 2, "max_position_embeddings": 16, "initializer_range": 0.3, "T": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SpikingBertForSequenceClassification(SpikingBertConfig(**(shape | arguments))).eval()
+
+
+def bert(**arguments: object) -> BertForSequenceClassification:
+    """A fresh random BERT classifier in eval mode, the same at every call: 4 layers, otherwise as `spikingbert`."""
+    shape = BERT | {"num_hidden_layers": 4, "max_position_embeddings": 16, "initializer_range": 0.3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return BertForSequenceClassification(BertConfig(**(shape | arguments))).eval()

@@ -10,6 +10,7 @@ from spikelm import Recipe, calibrate, spikify
 from spikelm.calibrate import CANDIDATES, best_threshold, dense
 from spikelm.convert import recipe_of, spike_sites
 from spikelm.errors import SpikelmError
+from spikelm.layers import BitLinear
 from spikelm.neurons import ATMN, TILIF
 from tests.small_models import llamba
 
@@ -196,3 +197,20 @@ def test_a_failing_batch_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(layer.spiking for layer in spike_sites(model).values())
     calibrate(model, batches())
+
+
+@pytest.mark.parametrize("weights", ["binary", "ternary"])
+def test_quantised_weights_are_calibrated_as_they_are(weights: str) -> None:
+    """The thresholds are those of the dense model with the quantised matrices; V is folded into the masters."""
+    recipe = Recipe.preset("mar", weights=weights)
+    model, reference, masters = spikify(llamba(), recipe), llamba(), llamba()
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitLinear):
+            reference.get_submodule(name).weight.data.copy_(layer.effective_weight())
+    calibrate(model, batches())
+    calibrate(spikify(reference, "mar"), batches())
+    assert recipe_of(model).calibrated and recipe_of(model).weights == weights
+    for name, owner in spike_sites(model).items():
+        V = owner.neuron.v_threshold
+        assert torch.equal(V, spike_sites(reference)[name].neuron.v_threshold)
+        torch.testing.assert_close(owner.weight, masters.get_submodule(name).weight * V)  # V is stored as its logarithm

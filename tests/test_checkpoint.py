@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,18 @@ def tokens() -> torch.Tensor:
 
 
 def spiking_llamba(**neuron_arguments: object) -> LlambaForCausalLM:
+    """The arguments are those of Recipe.preset."""
     model = llamba()
     spikify(model, Recipe.preset("mar", **neuron_arguments))
     calibrate(model, [{"input_ids": tokens()}])
     return model
 
 
-def spiking_mamba2() -> PreTrainedModel:
+def spiking_mamba2(**arguments: object) -> PreTrainedModel:
     model = mamba2()
     for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.dim() == 2 else 1)  # so that its text varies
-    spikify(model, Recipe.preset("spikingmamba", sgc="gradient"))
+    spikify(model, Recipe.preset("spikingmamba", sgc="gradient", **arguments))
     calibrate(model, [{"input_ids": tokens()}])
     return model
 
@@ -59,6 +61,7 @@ for directory in sys.argv[2:]:
     ids = torch.load(sys.argv[1])
     out = model.generate(ids, min_new_tokens=10, max_new_tokens=10, do_sample=False, pad_token_id=0)
     print(type(model).__name__, out.tolist())
+    torch.save(model(ids).logits, directory + "/logits.pt")
 """
 
 
@@ -70,6 +73,8 @@ def test_a_new_process_gives_the_same_greedy_tokens(
         "llama": spiking_llama(tiny_llama),
         "mamba2": spiking_mamba2(),
         "deployed": deploy(spiking_mamba2(), accumulate_dtype=torch.float64),
+        "packed": deploy(spiking_llamba(weights="binary"), "packed"),
+        "packed mamba2": deploy(spiking_mamba2(weights="ternary").to(torch.bfloat16), "packed"),
     }
     torch.save(tokens(), tmp_path / "tokens.pt")
     for name, model in models.items():
@@ -82,6 +87,8 @@ def test_a_new_process_gives_the_same_greedy_tokens(
         assert kind == type(model).__name__
         assert json.loads(generated) == greedy(model).tolist()
         assert len(greedy(model)[0, 12:].unique()) > 2
+    for name in ("packed", "packed mamba2"):
+        assert torch.equal(torch.load(tmp_path / name / "logits.pt"), models[name](tokens()).logits)
 
 
 @pytest.mark.filterwarnings("ignore:.*no kernel for this surrogate")
@@ -135,7 +142,7 @@ def test_a_deployed_model_comes_back_deployed(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for deployed, message in (
         ({"form": "ternary", "colour": "red"}, "deployed must name form and accumulate_dtype; got .*colour"),
-        ({"form": "binary"}, "form must be one of ternary; got 'binary'"),
+        ({"form": "binary"}, "form must be one of ternary, packed; got 'binary'"),
         ({"form": "ternary", "accumulate_dtype": "save"}, "accumulate_dtype must name a dtype of torch; got 'save'"),
     ):
         config = json.loads(path.read_text())
@@ -241,3 +248,84 @@ def test_loading_in_bfloat16(tmp_path: Path) -> None:
     assert all(module.weight.dtype == torch.bfloat16 for module in half.modules() if isinstance(module, SpikingLinear))
     assert half(tokens()).logits.dtype == torch.bfloat16
     assert greedy(half).shape == (2, 22)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("weights", ["binary", "ternary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_packed_model_comes_back_packed(tmp_path: Path, weights: str, per_row: bool, dtype: torch.dtype) -> None:
+    trained = spiking_llamba(weights=weights, per_row=per_row).to(dtype)
+    trained.save_pretrained(tmp_path / "trained")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert recipe_of(again).to_dict() == recipe_of(trained).to_dict()
+    assert torch.equal(again(tokens()).logits, trained(tokens()).logits) or dtype == torch.float64
+    model = deploy(trained, "packed")
+    model.save_pretrained(tmp_path / "packed")
+    saved = load_file(tmp_path / "packed" / "model.safetensors")
+    name = "backbone.layers.0.mlp.up_proj"
+    assert f"{name}.weight" not in saved and saved[f"{name}.packed_weight"].dtype == torch.uint8
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    layer = loaded.get_submodule(name)
+    assert layer.packed and torch.equal(layer.weight_scale, saved[f"{name}.weight_scale"])
+    assert layer.weight_scale.dtype == saved[f"{name}.weight_scale"].dtype != torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
+    assert recipe_of(loaded).to_dict() == recipe_of(model).to_dict()
+    loaded.save_pretrained(tmp_path / "again")
+    state = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(state[key], tensor) for key, tensor in saved.items())
+
+
+def test_packed_weights_in_another_dtype(tmp_path: Path) -> None:
+    model = deploy(spiking_mamba2(weights="ternary"), "packed")
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layer, full = (m.backbone.layers[0].mixer.in_proj for m in (half, model))
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.weight_scale, full.weight_scale)
+    assert torch.equal(layer.weight, full.weight.bfloat16())
+
+
+def test_dense_weights_are_packed_on_the_way(tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
+    tiny_llama.save_pretrained(tmp_path)
+    recipe = Recipe.preset("llama", weights="ternary")
+    config = SpikingConfig(replace(recipe, deployed={"form": "packed"}).to_dict())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    expected = deploy(spikify(tiny_llama, recipe), "packed")
+    assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+def test_a_checkpoint_from_before_the_form_of_weights_loads(tmp_path: Path) -> None:
+    model = spiking_llamba()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for field in ("weights", "per_row"):
+        del config["quantization_config"]["recipe"][field]
+    path.write_text(json.dumps(config))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("packed_weight", "the checkpoint has no packed_weight for backbone.layers.1.mlp.gate_proj"),
+        ("weight_scale", "the checkpoint has no weight_scale for backbone.layers.1.mlp.gate_proj"),
+        ("bits", r"the checkpoint is damaged: backbone.layers.1.mlp.gate_proj: .* bits that are no ternary code"),
+        ("form", "mismatch"),
+    ],
+)
+def test_packed_weights_that_are_not_whole(tmp_path: Path, change: str, message: str) -> None:
+    deploy(spiking_llamba(weights="ternary"), "packed").save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "backbone.layers.1.mlp.gate_proj."
+    state = load_file(path)
+    if change == "bits":
+        state[name + "packed_weight"][3, 5] = 0xFF
+    elif change == "form":
+        state[name + "packed_weight"] = state[name + "packed_weight"].repeat(1, 2)
+    else:
+        del state[name + change]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises((SpikelmError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

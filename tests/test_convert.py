@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from spikelm import Recipe, spikify
 from spikelm.convert import PRESETS, fold_threshold, projections_of, spike_sites
 from spikelm.errors import SpikelmError
-from spikelm.layers import SpikingLinear
+from spikelm.layers import BitLinear, SpikingLinear
 from spikelm.neurons import ATMN
 from tests.small_models import llamba
 
@@ -129,6 +129,44 @@ def test_recipes_that_cannot_be() -> None:
             Recipe(sites)
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("weights", ["binary", "ternary"])
+def test_quantised_weights(weights: str, per_row: bool) -> None:
+    dense = llamba()
+    recipe = Recipe.preset("mar", weights=weights, per_row=per_row, v_threshold=0.1)
+    assert Recipe(**json.loads(json.dumps(recipe.to_dict()))).to_dict() == recipe.to_dict()
+    model = spikify(copy.deepcopy(dense), recipe)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SpikingLinear)}
+    assert len(layers) == 10
+    assert all((layer.weights, layer.per_row) == (weights, per_row) for layer in layers.values())
+    assert list(model.state_dict().keys()) == list(spikify(copy.deepcopy(dense), "mar").state_dict().keys())
+    assert all(torch.equal(layer.weight, dense.get_submodule(name).weight) for name, layer in layers.items())
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(bool(layer.weight.grad.abs().sum() > 0) for layer in layers.values())
+
+
+def test_recipes_of_weights_that_cannot_be() -> None:
+    with pytest.raises(SpikelmError, match="weights must be one of float, binary, ternary; got 'int8'"):
+        Recipe.preset("mar", weights="int8")
+    for per_row in (True, 1):
+        with pytest.raises(SpikelmError, match=f"per_row must be a bool, .*; got {per_row} with float weights"):
+            Recipe.preset("mar", per_row=per_row)
+
+
+def test_bit_linears_that_are_there_already() -> None:
+    recipe = Recipe({"first": ["0"]}, weights="ternary")
+    model = nn.Sequential(BitLinear(4, 5, weights="ternary"), nn.Linear(5, 3))
+    weight = model[0].weight
+    assert spikify(model, recipe)[0].weight is weight
+    for layer in (BitLinear(4, 5, weights="binary"), BitLinear(4, 5, weights="ternary")):
+        if layer.weights == "ternary":
+            layer.pack()
+        model = nn.Sequential(layer, nn.Linear(5, 3))
+        with pytest.raises(SpikelmError, match="0 is a BitLinear, .*; the recipe wants ternary, per_row=False"):
+            spikify(model, recipe)
+        assert model[0] is layer
+
+
 def test_twice_is_refused() -> None:
     model = spikify(llamba(), "mar")
     sites = spike_sites(model)
@@ -175,6 +213,14 @@ def test_folding_moves_the_threshold_into_the_weights() -> None:
     assert torch.equal(mlp.up_proj.weight, before[1] * V)
     assert torch.equal(mlp.down_proj.weight, down)
     assert torch.equal(model.backbone.layers[1].mlp.gate_proj.weight, other)
+
+
+def test_no_threshold_is_folded_into_packed_weights() -> None:
+    model = spikify(llamba(), Recipe.preset("mar", weights="ternary"))
+    owner = model.backbone.layers[0].mlp.gate_proj
+    model.backbone.layers[0].mlp.up_proj.pack()
+    with pytest.raises(SpikelmError, match="are packed: no threshold can be folded"):
+        fold_threshold(model, owner, torch.ones(32))
 
 
 def largest_inputs(model: nn.Module, ids: torch.Tensor) -> float:

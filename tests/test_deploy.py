@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spikelm import Recipe, calibrate, deploy, spikify
-from spikelm.convert import spike_sites
-from spikelm.deploy import FORMS
+from spikelm.convert import recipe_of, spike_sites
+from spikelm.deploy import FORMS, packed_storage, storage_line
 from spikelm.energy import OperationCounter
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import firing_statistics
-from spikelm.layers import SpikingLinear, TernaryLinear
+from spikelm.layers import BitLinear, SpikingLinear, TernaryLinear
 from spikelm.neurons import ATMN, TILIF
 from tests.small_models import llamba, mamba2
 
@@ -208,3 +210,79 @@ def test_what_it_refuses() -> None:
     refused(model, r"layers.1.mlp.down_proj passes its input through \(spiking is False\)")
     last.spiking = True
     refused(deploy(model), "deployed already: backbone.layers.0.mixer.in_proj is a TernaryLinear")
+
+
+def quantised(name: str, weights: str = "ternary", per_row: bool = False) -> PreTrainedModel:
+    make, recipe = MODELS[name]
+    model = spikify(make(), replace(recipe, weights=weights, per_row=per_row))
+    calibrate(model, [{"input_ids": IDS}])
+    return model
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("weights", ["binary", "ternary"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_weights_change_nothing(name: str, weights: str, per_row: bool) -> None:
+    model = quantised(name, weights, per_row)
+    loss = model.train()(IDS, labels=IDS).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad is not None for parameter in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        stepwise = cached_logits(model, 5)
+    packed = deploy(copy.deepcopy(model), "packed")
+    layers = [module for module in packed.modules() if isinstance(module, SpikingLinear)]
+    assert all(type(layer) is SpikingLinear and layer.packed for layer in layers)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+    assert recipe_of(packed).deployed == {"form": "packed", "accumulate_dtype": None}
+    assert torch.equal(packed(IDS).logits, expected)
+    assert torch.equal(cached_logits(packed, 5), stepwise)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(packed.generate(IDS, **settings), model.generate(IDS, **settings))
+    half, packed = model.to(torch.bfloat16), deploy(copy.deepcopy(model).to(torch.bfloat16), "packed")
+    with torch.no_grad():
+        assert torch.equal(packed(IDS).logits, half(IDS).logits)
+
+
+def test_bit_linears_without_neurons_are_packed_too() -> None:
+    model = nn.Sequential(BitLinear(6, 70), nn.ReLU(), nn.Linear(70, 3))
+    model.config = SimpleNamespace(packed=False)
+    model.append(model[0])  # under two names
+    expected = model[:3](torch.ones(2, 6)).detach()
+    assert deploy(model, "packed") is model
+    assert model[0].packed and model[3] is model[0] and model.config.packed
+    assert torch.equal(model[:3](torch.ones(2, 6)), expected)
+    plain = nn.Sequential(BitLinear(6, 70))
+    plain.config = SimpleNamespace()
+    deploy(plain, "packed")
+    assert not hasattr(plain.config, "packed")
+
+
+def test_what_packing_refuses() -> None:
+    none = 'form="packed" takes binary or ternary weights, of which the model has none: spikify'
+    refused(llamba().train(), none, form="packed")
+    refused(spikify(llamba(), "mar").train(), none, form="packed")
+    model = quantised("llamba-ATMN").train()
+    message = 'accumulate_dtype is of form="ternary"; got torch.float64 with form="packed"'
+    refused(model, message, form="packed", accumulate_dtype=torch.float64)
+    refused(model, 'layers.0.mixer.in_proj: the ternary form takes float weights; got ternary ones, .* form="packed"')
+    deploy(model, "packed")
+    for form in FORMS:
+        refused(model, "the model is deployed already: backbone.layers.0.mixer.in_proj is packed", form=form)
+    with pytest.raises(SpikelmError, match="this one is calibrated or deployed already"):
+        calibrate(model, [{"input_ids": IDS}])
+
+
+def test_what_a_packed_model_takes_on_the_disk() -> None:
+    model = quantised("llamba-ATMN").train()
+    storage = packed_storage(model)
+    layers = [module for module in model.modules() if isinstance(module, SpikingLinear)]
+    assert storage["trained"]["matrices"] == sum(4 * layer.in_features * layer.out_features for layer in layers)
+    packed = sum(16 * layer.in_features * -(-layer.out_features // 64) + 4 for layer in layers)
+    assert storage["packed"]["matrices"] == packed
+    saved = storage["trained"]["matrices"] - packed
+    assert abs(storage["trained"]["file"] - storage["packed"]["file"] - saved) < 4096  # the names of the tensors
+    assert model.training and not layers[0].packed
+    assert f"{storage['packed']['file']:,}" in storage_line(storage)
+    assert packed_storage(calibrated("llamba-ATMN")) == {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-EXTRAS = {"cuda12x", "cuda13x", "hf", "eval", "rl", "snntorch", "docs", "test", "bench"}
+EXTRAS = {"cuda12x", "cuda13x", "hf", "equilibrium", "baselines", "eval", "rl", "snntorch", "docs", "test", "bench"}
 REPLACES_TORCH = {"spikingjelly", "torchvision", "torchaudio"}
 
 

@@ -1,4 +1,4 @@
-"""The paper's ablations on a small teacher: Tables 2, 3 and 4 of MAR, T x (tau, frame weight), and objectives.
+"""The paper's ablations on a small teacher: Tables 2, 3 and 4 of MAR, T x (tau, frame weight), objectives, weights.
 
     python examples/mar/ablate.py run=runs/tiny output_dir=runs/ablation
     python examples/mar/ablate.py run=runs/tiny output_dir=runs/objectives tables=[objective] seeds=[0,1]
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from spikelm import plot
 from spikelm.ablation import Row, Tables, run_rows, write_tables
 from spikelm.convert import NEURONS, Recipe
+from spikelm.deploy import packed_storage
 from spikelm.distill.objectives import Objective
 from spikelm.evaluate import evaluate, firing_statistics
 from spikelm.experiment import Experiment, Optimisation, finished_settings, weights_fingerprint
@@ -36,6 +37,7 @@ TITLES = {
     "divergence": "Table 4, (alpha, beta)",
     "code": "T and tau, forward KL",
     "objective": "Objectives, the Llama as frozen teacher",  # SpAD needs attention maps
+    "weights": "Weights of the projections, forward KL",
 }
 COLUMNS = ("ce", "kl_to_teacher", "reverse_kl", "kl_to_stage1", "sum_of_rates", "union_rate")
 
@@ -55,10 +57,10 @@ class Ablation:
 
     run: str
     output_dir: str
-    tables: list[Literal["components", "features", "divergence", "code", "objective"]] = field(
+    tables: list[Literal["components", "features", "divergence", "code", "objective", "weights"]] = field(
         default_factory=lambda: ["components", "features", "divergence", "code"]
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the four rows of Table 2, and of the objectives
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of Table 2, objectives and weights
     T: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     optimisation: Optimisation = Optimisation(steps=200, learning_rate=2e-3)
     evaluation_contexts: int = 96
@@ -75,6 +77,8 @@ class Student(Row):
     taps: Literal["pre", "post", "both"] = "pre"
     objective: Literal["sbds", "spad", "kl"] = "sbds"
     teacher: Literal["stage1", "llama"] = "stage1"
+    weights: Literal["float", "binary", "ternary"] = "float"
+    per_row: bool = False
 
 
 def tables(ablation: Ablation) -> dict[str, list[Student]]:
@@ -94,6 +98,12 @@ def tables(ablation: Ablation) -> dict[str, list[Student]]:
         Student("SpAD", 0, ternary, objective="spad", teacher="llama"),
         Student("KL", 0, ternary, objective="kl", teacher="llama"),
     ]
+    weights = [
+        Student("float", 0, ternary),
+        Student("ternary", 0, ternary, weights="ternary"),
+        Student("ternary per row", 0, ternary, weights="ternary", per_row=True),
+        Student("binary", 0, ternary, weights="binary"),
+    ]
     rows = {
         "components": [replace(row, seed=seed) for row in table2 for seed in ablation.seeds],
         "features": [
@@ -109,6 +119,7 @@ def tables(ablation: Ablation) -> dict[str, list[Student]]:
             for T in ablation.T
         ],
         "objective": [replace(row, seed=seed) for row in objectives for seed in ablation.seeds],
+        "weights": [replace(row, seed=seed) for row in weights for seed in ablation.seeds],
     }
     return {TITLES[table]: rows[table] for table in ablation.tables}
 
@@ -126,12 +137,14 @@ def train_row(experiment: Experiment, config: Config, dense: PreTrainedModel, ro
         evaluate(student, experiment.held_out, teacher=t, max_contexts=contexts) for t in (experiment.teacher, dense)
     )
     figures = to_llama | {"kl_to_stage1": to_stage1["kl_to_teacher"]} | firing
-    return {column: figures[column] for column in COLUMNS}
+    storage = packed_storage(student)  # of quantised weights alone
+    return {column: figures[column] for column in COLUMNS} | ({"storage": storage} if storage else {})
 
 
 def recipe_of_row(config: Config, row: Student) -> Recipe:
-    """The run's neuron with what the row changes of it."""
-    return replace(config.spiking.neuron, **row.neuron).recipe()
+    """The run's neuron with what the row changes of it, and the row's weights."""
+    neuron = replace(config.spiking.neuron, **row.neuron)
+    return replace(config.spiking, neuron=neuron, weights=row.weights, per_row=row.per_row).recipe()
 
 
 def objective_of_row(config: Config, row: Student) -> Objective:

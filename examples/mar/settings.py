@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import spikelm
@@ -52,11 +52,14 @@ class Neuron:
 class Spiking:
     """Stage 2. teacher: "stage1", the dense Llamba (the paper), or "llama", the model it came from [ours].
 
+    weights: of the projections behind neurons; per_row: a scale per output of binary or ternary ones [ours].
     alpha, beta, feature_weight and taps are of objective=sbds, chunk_size of sbds and kl.
     """
 
     teacher: Literal["stage1", "llama"] = "stage1"
     neuron: Neuron = Neuron()
+    weights: Literal["float", "binary", "ternary"] = "float"
+    per_row: bool = False
     alpha: float = 0.2
     beta: float = 0.7
     feature_weight: float = 1.0
@@ -64,6 +67,10 @@ class Spiking:
     chunk_size: int = 4096
     calibration_contexts: int = 64
     optimisation: Optimisation = Optimisation()
+
+    def recipe(self) -> spikelm.Recipe:
+        """The neuron and the form of the weights behind it."""
+        return replace(self.neuron.recipe(), weights=self.weights, per_row=self.per_row)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 Presets are in examples/mar/presets; any field may follow as field=value (--help lists them). Without teacher= and
 data= a small Llama is trained on the documentation that Python carries. The same command resumes an interrupted run.
 objective=sbds, spad or kl is the loss of stage 2: MAR's, BiSpikCLM's, or the forward KL alone.
+spiking.weights=ternary or binary quantises the student's projections (docs/weights.md).
 output_dir gets a checkpoint per stage (orientation, alignment, stage1, student), metrics.json and figures/.
 """
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from spikelm import plot
 from spikelm.convert import recipe_of
 from spikelm.data import load_whole
+from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
 from spikelm.distill.objectives import Objective
 from spikelm.errors import SpikelmError
@@ -34,7 +36,7 @@ PRESETS = Path(__file__).parent / "presets"
 def check(config: Config) -> None:
     """Refuses now what a later stage would refuse after an hour."""
     config.check()
-    config.spiking.neuron.recipe().make_neuron(num_channels=1)
+    config.spiking.recipe().make_neuron(num_channels=1)
     spiking_objective(config)
     LogitDistillation(**to_dict(config.divergence))
     if not config.distillation.steps or not config.spiking.optimisation.steps:
@@ -104,7 +106,7 @@ def stage2(experiment: Experiment, dense: PreTrainedModel, config: Config) -> Pr
     spiking = config.spiking
 
     def build() -> tuple[PreTrainedModel, dict[str, Any]]:
-        student = experiment.spiking_copy(dense, spiking.neuron.recipe(), spiking.calibration_contexts)
+        student = experiment.spiking_copy(dense, spiking.recipe(), spiking.calibration_contexts)
         converted = experiment.evaluate(student)
         objective = spiking_objective(config)
         teacher = dense.requires_grad_(False) if spiking.teacher == "stage1" else experiment.teacher
@@ -141,6 +143,8 @@ def report(experiment: Experiment, models: dict[str, PreTrainedModel]) -> dict[s
         plot.loss_curves({name: experiment.log_of(name) for name in done}, experiment.figure("losses.png"))
     if "student" in models:
         metrics["firing"] = experiment.firing(models["student"])
+        if storage := packed_storage(models["student"]):
+            metrics["storage"] = storage
     metrics["config"], metrics["versions"] = to_dict(experiment.settings), versions()
     run.write_json("metrics.json", metrics)
     return metrics
@@ -156,6 +160,8 @@ def print_table(metrics: dict[str, Any]) -> None:
     if "firing" in metrics:
         firing = metrics["firing"]
         print(f"\nspikes per channel and token {firing['sum_of_rates']:.3f}, fires at all {firing['union_rate']:.3f}")
+    if "storage" in metrics:
+        print(storage_line(metrics["storage"]))
     print("wall seconds " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["wall_s"].items()))
     for name in present:
         print(f"\n[{name}] {metrics[name]['sample']}")

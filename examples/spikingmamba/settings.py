@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import spikelm
@@ -51,13 +51,19 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Everything a run depends on."""
+    """Everything a run depends on.
+
+    weights: of the projections behind neurons; per_row: a scale per output of binary or ternary ones [ours].
+    """
 
     embedded_teacher: EmbeddedTeacher = EmbeddedTeacher()
     neuron: Neuron = Neuron()
     distillation: Distillation = Distillation()
+    weights: Literal["float", "binary", "ternary"] = "float"
+    per_row: bool = False
 
     def recipe(self) -> spikelm.Recipe:
-        """The neuron at the paper's two places."""
+        """The neuron at the paper's two places, and the form of the weights behind it."""
         arguments = {name: value for name, value in asdict(self.neuron).items() if name != "sgc_end"}
-        return spikelm.Recipe.preset("spikingmamba", **arguments)
+        recipe = spikelm.Recipe.preset("spikingmamba", **arguments)
+        return replace(recipe, weights=self.weights, per_row=self.per_row)

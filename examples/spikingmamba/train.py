@@ -5,7 +5,8 @@
 The teacher is a Mamba2ForCausalLM or a dense Llamba (stage 1 of examples/mar makes one of a Llama); without teacher=
 and data= a small Mamba2ForCausalLM is trained on the documentation that Python carries. Presets are in
 examples/spikingmamba/presets; any field may follow as field=value (--help lists them). The same command resumes an
-interrupted run. output_dir gets the student, metrics.json and figures/.
+interrupted run. weights=ternary or binary quantises the student's projections (docs/weights.md). output_dir gets the
+student, metrics.json and figures/.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from spikelm import plot
 from spikelm.convert import recipe_of, remember
+from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill import HiddenMatch
 from spikelm.distill.callbacks import CompensationWeight
 from spikelm.energy import estimate
@@ -99,6 +101,8 @@ def report(experiment: Experiment, student: PreTrainedModel) -> dict[str, Any]:
     metrics["wall_s"] = teacher_seconds(run) | {"student": record["wall_s"]}
     metrics["firing"] = experiment.firing(student)
     metrics["energy"] = estimate(student, metrics["firing"])
+    if storage := packed_storage(student):
+        metrics["storage"] = storage
     plot.loss_curves({"student": experiment.log_of("student")}, experiment.figure("losses.png"))
     metrics["config"], metrics["versions"] = to_dict(experiment.settings), versions()
     run.write_json("metrics.json", metrics)
@@ -123,6 +127,8 @@ def print_table(metrics: dict[str, Any]) -> None:
         f"energy of dense / spiking, an estimate: projections alone {energy['projections']['benefit']:.2f}, "
         f"whole model {energy['whole']['benefit']:.2f}"
     )
+    if "storage" in metrics:
+        print(storage_line(metrics["storage"]))
     print("wall seconds " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["wall_s"].items()))
     for name in ("teacher", "student"):
         print(f"\n[{name}] {metrics[name]['sample']}")

@@ -68,8 +68,8 @@ def python_documentation(max_bytes: int | None = None) -> str:
     """
     paragraphs: dict[str, None] = {}
     size = 0
-    for document in itertools.chain(_topics(), _docstrings()):
-        for paragraph in _paragraphs(document):
+    for document in itertools.chain(_topics(), (text for _, text in docstrings())):
+        for paragraph in document_paragraphs(document):
             if not paragraph.isascii() or "\0" in paragraph or paragraph in paragraphs:
                 continue
             size += len(paragraph) + 2
@@ -79,7 +79,7 @@ def python_documentation(max_bytes: int | None = None) -> str:
     return _joined(paragraphs)
 
 
-def _paragraphs(document: str) -> list[str]:
+def document_paragraphs(document: str) -> list[str]:
     """Paragraphs without blanks at line ends and without rulers (lines that hold neither letters nor digits)."""
     lines = (line.rstrip() for line in document.translate(TYPOGRAPHIC).split("\n"))
     kept = (line for line in lines if not line or any(map(str.isalnum, line)))
@@ -102,7 +102,8 @@ def _topics() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _docstrings() -> Iterator[str]:
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(top-level package or module, docstring) of the standard library, by file name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
@@ -112,7 +113,7 @@ def _docstrings() -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in the library's own sources are not the reader's concern
             module = ast.parse(path.read_bytes())
-        yield from _own_docstrings(module)
+        yield from ((package, text) for text in _own_docstrings(module))
 
 
 def _own_docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:

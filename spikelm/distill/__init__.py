@@ -2,8 +2,18 @@
 train`.
 """
 
+from spikelm.distill.internal_kd import InternalKD
 from spikelm.distill.objectives import SBDS, HiddenAlignment, HiddenMatch, LogitDistillation, MatrixOrientation
 from spikelm.distill.spad import SpAD
 from spikelm.distill.taps import Taps
 
-__all__ = ["SBDS", "HiddenAlignment", "HiddenMatch", "LogitDistillation", "MatrixOrientation", "SpAD", "Taps"]
+__all__ = [
+    "SBDS",
+    "HiddenAlignment",
+    "HiddenMatch",
+    "InternalKD",
+    "LogitDistillation",
+    "MatrixOrientation",
+    "SpAD",
+    "Taps",
+]

@@ -38,7 +38,10 @@ Batch = Mapping[str, Tensor]
 
 
 class Objective(Protocol):
-    """Anything the trainer can minimise."""
+    """Anything the trainer can minimise.
+
+    It may have `count_items(batch) -> Tensor`, what num_items counts instead of tokens, and `items`, its name.
+    """
 
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None

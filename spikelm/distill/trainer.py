@@ -5,7 +5,7 @@ it up.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from spikelm.distill.arguments import training_options
 from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics
-from spikelm.distill.objectives import Objective, batch_mask
+from spikelm.distill.objectives import Batch, Objective, batch_mask
 from spikelm.distill.parameters import only_trainable, projections_attached
 from spikelm.distill.robust import RobustTrainer, find_checkpoint, require_one_device, run_to_the_end
 from spikelm.errors import SpikelmError
@@ -40,13 +40,18 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+def counted_tokens(batch: Batch) -> Tensor:
+    """The tokens whose prediction counts."""
+    return batch_mask(batch).sum()
+
+
 class DistillationTrainer(RobustTrainer):
     """Minimise `objective(student, teacher, batch, num_items)`.
 
-    Beyond RobustTrainer: losses are means over the counted tokens of the whole update, so that gradient accumulation
-    equals one big batch; every term of the objective and the tokens per second are logged as the mean since the last
-    log; thresholds ("*neuron.a") may have a learning rate of their own. The teacher is put on the student's device,
-    frozen and set to eval mode, and stays so.
+    Beyond RobustTrainer: losses are means over the counted tokens (or what the objective counts instead) of the whole
+    update, so that gradient accumulation equals one big batch; every term of the objective and the tokens per second
+    are logged as the mean since the last log; thresholds ("*neuron.a") may have a learning rate of their own. The
+    teacher is put on the student's device, frozen and set to eval mode, and stays so.
 
     Args:
         student, teacher: transformers causal language models.
@@ -77,8 +82,9 @@ class DistillationTrainer(RobustTrainer):
         self.objective = objective
         self.threshold_learning_rate = threshold_learning_rate
         self.loss_is_scaled_for_ga = True  # objectives divide by the tokens of the whole update
+        self._count = getattr(objective, "count_items", counted_tokens)
         self._terms: dict[str, Tensor] = {}
-        self._tokens = torch.zeros((), dtype=torch.long, device=args.device)
+        self._items = torch.zeros((), dtype=torch.long, device=args.device)
         self._term_steps = 0
         self._log_time = time.perf_counter()
 
@@ -100,13 +106,13 @@ class DistillationTrainer(RobustTrainer):
         return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """Counted tokens of one update, over all its micro-batches and processes."""
+        """Counted tokens, or the objective's own items, of one update, over all its micro-batches and processes."""
         if not batch_samples:  # a streamed dataset that has ended
             return None
-        count = torch.stack([batch_mask(batch).sum() for batch in batch_samples]).sum().to(device)
+        count = torch.stack([self._count(batch) for batch in batch_samples]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
-        self._tokens += count
+        self._items += count
         self._term_steps += 1
         return count
 
@@ -130,16 +136,17 @@ class DistillationTrainer(RobustTrainer):
         return terms["loss"] * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the objective's terms (mean per step) and tokens per second since the last log to Trainer's step logs."""
+        """Add the objective's terms (mean per step) and items per second since the last log to Trainer's step logs."""
         if "loss" in logs and self._term_steps:
             now = time.perf_counter()
             for name, value in self._terms.items():
                 if self.args.world_size > 1:
                     value = self.accelerator.reduce(value, reduction="mean")
                 logs[name] = value.item() / self._term_steps
-            logs["tokens_per_second"] = self._tokens.item() / (now - self._log_time)
+            items = getattr(self.objective, "items", "tokens")
+            logs[f"{items}_per_second"] = self._items.item() / (now - self._log_time)
             self._terms, self._term_steps, self._log_time = {}, 0, now
-            self._tokens.zero_()
+            self._items.zero_()
         super().log(logs, start_time)
 
 
@@ -168,6 +175,8 @@ def train(
     betas: tuple[float, float] = (0.9, 0.95),
     trainable: Sequence[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate,
+    group_by_length: bool = False,
 ) -> dict[str, float]:
     """Train `student` in place with AdamW to `steps` updates, from the last whole checkpoint of output_dir if any.
 
@@ -184,6 +193,8 @@ def train(
         trainable: patterns (fnmatch) over parameter names, for example ["*.mixer.*"]; others are frozen for this call.
             None leaves requires_grad as it is.
         callbacks: further transformers callbacks.
+        data_collator: rows to a batch.
+        group_by_length: batches of contexts of about one length, drawn at random.
 
     What an objective trains beside the student (`SpAD.build_projections`) is part of the student and its checkpoints
     during this call, and taken off it at its end.
@@ -223,9 +234,10 @@ def train(
             student,
             teacher,
             objective,
-            TrainingArguments(**options),
+            TrainingArguments(**options, train_sampling_strategy="group_by_length" if group_by_length else "random"),
             threshold_learning_rate=threshold_learning_rate,
             train_dataset=dataset,
+            data_collator=data_collator,
             callbacks=[*callbacks, MetricsFile(output_dir / "log.jsonl"), stop],  # what they add to a log is written
         )
         run_to_the_end(trainer, checkpoint, stop)

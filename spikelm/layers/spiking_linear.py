@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from spikelm.layers.bit_linear import BitLinear
 from spikelm.neurons import ATMN, TILIF
 
 SiteNeuron = ATMN | TILIF
 """A neuron whose ``encode_sum`` a projection accumulates, with a threshold per channel."""
 
 
-class SpikingLinear(nn.Linear):
+class SpikingLinear(BitLinear):
     """y = W n(x) + b, with n(x) the weighted sum of the frames that ``neuron`` makes of x [*, in_features].
+
+    W may be binary or ternary, see BitLinear; thresholds are then folded into its masters.
 
     Several projections of one input share a bank of neurons: the first holds it as its submodule,
     the others refer to it, so a state dict names it once.
@@ -36,9 +38,11 @@ class SpikingLinear(nn.Linear):
         bias: bool,
         neuron: SiteNeuron,
         shares_with: SpikingLinear | None = None,
+        weights: str = "float",
+        per_row: bool = False,
     ) -> None:
-        with torch.device("meta"):  # from_linear brings the parameters
-            super().__init__(in_features, out_features, bias=bias)
+        # from_linear brings the parameters
+        super().__init__(in_features, out_features, bias=bias, weights=weights, per_row=per_row, device="meta")
         self.spiking = True
         self._shares_with = [] if shares_with is None else [shares_with]  # in a list, so that it is no submodule
         if shares_with is None:
@@ -50,10 +54,16 @@ class SpikingLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, neuron: SiteNeuron, shares_with: SpikingLinear | None = None
+        cls,
+        linear: nn.Linear,
+        neuron: SiteNeuron,
+        shares_with: SpikingLinear | None = None,
+        weights: str = "float",
+        per_row: bool = False,
     ) -> SpikingLinear:
         """Takes over the parameters of ``linear`` (the same tensors, not copies)."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, neuron, shares_with)
+        bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, bias, neuron, shares_with, weights, per_row)
         layer.weight, layer.bias = linear.weight, linear.bias
         return layer.train(linear.training)
 
@@ -73,7 +83,7 @@ class SpikingLinear(nn.Linear):
         if not self.spiking:
             return super().forward(x)
         owner = self._shares_with[0] if self._shares_with else self
-        return F.linear(owner._encode(x), self.weight, self.bias)
+        return super().forward(owner._encode(x))
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """The bank's weighted sum for x, computed once where the projections of a bank get the same tensor in turn."""

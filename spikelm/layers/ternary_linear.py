@@ -56,8 +56,9 @@ class TernaryLinear(SpikingLinear):
         """The same projection in eval mode, its weight copied row by input channel; bias and neuron are taken over.
 
         Raises:
-            SpikelmError: see :func:`check_neuron` and :func:`accumulation_type`.
+            SpikelmError: see :func:`check_weights`, :func:`check_neuron` and :func:`accumulation_type`.
         """
+        check_weights(layer)
         check_neuron(layer.neuron)
         accumulation_type(layer.weight.dtype, accumulate_dtype)
         ternary = cls(layer.in_features, layer.out_features, layer.bias is not None, layer.neuron, shares_with)
@@ -113,6 +114,12 @@ class TernaryLinear(SpikingLinear):
     def extra_repr(self) -> str:
         """Shape, sharing and the type of the sums."""
         return f"{super().extra_repr()}, accumulate_dtype={self.accumulate_dtype}"
+
+
+def check_weights(layer: SpikingLinear) -> None:
+    """Raises SpikelmError for a matrix that is not float."""
+    if layer.weights != "float":
+        raise SpikelmError(f'the ternary form takes float weights; got {layer.weights} ones, which form="packed" takes')
 
 
 def check_neuron(neuron: SiteNeuron) -> None:

@@ -2,6 +2,7 @@
 
 from spikelm.models.bispikclm import BiSpikCLMConfig, BiSpikCLMForCausalLM, BiSpikCLMModel
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM, LlambaModel
+from spikelm.models.spikingbert import SpikingBertConfig, SpikingBertForSequenceClassification, SpikingBertModel
 
 __all__ = [
     "BiSpikCLMConfig",
@@ -10,4 +11,7 @@ __all__ = [
     "LlambaConfig",
     "LlambaForCausalLM",
     "LlambaModel",
+    "SpikingBertConfig",
+    "SpikingBertForSequenceClassification",
+    "SpikingBertModel",
 ]

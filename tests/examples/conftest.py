@@ -56,6 +56,24 @@ MINIMAL_BISPIKCLM = EVERYWHERE | {
     "optimisation.bf16": "false",
 }
 
+MINIMAL_EXTREME_QUANTIZATION = {
+    "held_out": 60,
+    "max_rows": "null",
+    "max_length": 16,
+    "T": "[2,16]",
+    "embedded_teacher.steps": 80,
+    "embedded_teacher.vocab_size": 300,
+    "float_stages.general.steps": 0,
+    "float_stages.internal.steps": 10,
+    "float_stages.prediction.steps": 150,
+    "float_stages.prediction.learning_rate": 5e-3,
+    "float_stages.spiking.steps": 5,
+    "quantised_stages.internal.steps": 10,
+    "quantised_stages.prediction.steps": 100,
+    "quantised_stages.prediction.learning_rate": 5e-3,
+    "quantised_stages.spiking.steps": 5,
+}
+
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
@@ -173,6 +191,38 @@ def spikingmamba(small_text: Path) -> Example:
 def bispikclm(small_text: Path) -> Example:
     """examples/bispikclm."""
     return Example(EXAMPLES / "bispikclm", MINIMAL_BISPIKCLM, small_text)
+
+
+@pytest.fixture(scope="session")
+def small_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 sentences, half of them with more good words than bad ones."""
+    good, bad, other = (
+        "good great fine happy".split(),
+        "bad poor dull sad".split(),
+        "the film is a very long one".split(),
+    )
+    choose = random.Random(0)
+    lines = ["sentence\tlabel"]
+    for number in range(600):
+        words = choose.choices(other, k=5) + choose.choices(good if number % 2 else bad, k=2)
+        lines.append(" ".join(choose.sample(words, len(words))) + f"\t{number % 2}")
+    rows = tmp_path_factory.mktemp("rows") / "rows.tsv"
+    rows.write_text("\n".join(lines))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def extreme_quantization(small_rows: Path) -> Example:
+    """examples/extreme_quantization."""
+    return Example(EXAMPLES / "extreme_quantization", MINIMAL_EXTREME_QUANTIZATION, small_rows)
+
+
+@pytest.fixture(scope="session")
+def finished_extreme_quantization(extreme_quantization: Example, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output_dir of a minimal run of examples/extreme_quantization. Tests leave it as it is."""
+    output_dir = tmp_path_factory.mktemp("extreme_quantization") / "run"
+    assert extreme_quantization.run(output_dir, {}) == 0
+    return output_dir
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,31 @@ def test_kl_is_the_forward_divergence_alone(
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+def test_a_ternary_student_beside_its_packed_size(
+    mar: Any, from_stage1: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from spikelm.convert import recipe_of, spike_sites
+
+    output_dir = tmp_path / "run"
+    assert mar.run(output_dir, from_stage1 | {"spiking.weights": "ternary", "spiking.per_row": "true"}) == 0
+    metrics = metrics_of(output_dir)
+    assert metrics["student"]["ce"] < metrics["training"]["student"]["at_conversion"]["ce"]
+    student = AutoModelForCausalLM.from_pretrained(output_dir / "student")
+    assert (recipe_of(student).weights, recipe_of(student).per_row) == ("ternary", True)
+    assert all(site.weights == "ternary" for site in spike_sites(student).values())
+    trained, packed = metrics["storage"]["trained"], metrics["storage"]["packed"]
+    assert trained["file"] == (output_dir / "student" / "model.safetensors").stat().st_size
+    assert packed["matrices"] < 0.25 * trained["matrices"]  # rows of 32 to 164 outputs in blocks of 64, and scales
+    assert packed["file"] < trained["file"]
+    assert f"matrices {trained['matrices']:,} -> {packed['matrices']:,}" in capfd.readouterr().out
+
+
+def test_a_float_student_says_nothing_of_packing(finished: Path) -> None:
+    assert "storage" not in metrics_of(finished)
+
+
 def test_spad_wants_a_teacher_with_attention(
     mar: Any, from_stage1: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +342,17 @@ def test_objectives_are_compared_under_the_llama(mar: Any, finished: Path, tmp_p
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[4:7]] == ["| SBDS", "| SpAD", "| KL"]
     assert all(line.count("+-") == 6 for line in lines[4:7])
+
+
+def test_forms_of_weights_are_compared(mar: Any, finished: Path, tmp_path: Path) -> None:
+    fields = {"tables": "[weights]", "seeds": "[0]", "optimisation.steps": 1, "optimisation.batch_size": 4}
+    arguments = [f"run={finished}", f"output_dir={tmp_path}", *(f"{name}={value}" for name, value in fields.items())]
+    assert mar.call("ablate.py", arguments) == 0
+    rows = json.loads((tmp_path / "ablation.json").read_text())["Weights of the projections, forward KL"]
+    assert [row["row"]["name"] for row in rows] == ["float", "ternary", "ternary per row", "binary"]
+    assert [row["row"]["weights"] for row in rows] == ["float", "ternary", "ternary", "binary"]
+    assert len({row["ce"] for row in rows}) == 4
+    assert min(row["kl_to_stage1"] for row in rows) == rows[0]["kl_to_stage1"]
 
 
 def test_ablation_of_something_that_is_no_run_is_one_line(

@@ -79,6 +79,25 @@ def test_blend_is_annealed_and_the_student_remembers_it(
     assert config["quantization_config"]["recipe"]["neuron_arguments"]["sgc_weight"] == 0
 
 
+def test_a_ternary_student_beside_its_packed_size(
+    spikingmamba: Any, finished_spikingmamba: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from spikelm.convert import recipe_of, spike_sites
+
+    assert "storage" not in metrics_of(finished_spikingmamba)
+    fields = {"teacher": finished_spikingmamba / "teacher", "weights": "ternary"}
+    assert spikingmamba.run(tmp_path / "run", fields) == 0
+    metrics, student = metrics_of(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert recipe_of(student).weights == "ternary"
+    assert all(site.weights == "ternary" for site in spike_sites(student).values())
+    assert metrics["student"]["kl_to_teacher"] < metrics["training"]["student"]["at_conversion"]["kl_to_teacher"]
+    storage = metrics["storage"]
+    assert storage["trained"]["file"] == (tmp_path / "run" / "student" / "model.safetensors").stat().st_size
+    assert storage["packed"]["matrices"] < 0.2 * storage["trained"]["matrices"]
+
+
 def test_a_teacher_that_is_no_mamba2_is_refused(
     spikingmamba: Any, finished: Path, finished_spikingmamba: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +128,8 @@ def test_it_starts_from_stage_1_of_mar(spikingmamba: Any, finished: Path, tmp_pa
         ("distillation.kl_weight=-1", "kl_weight and hidden_weight must be finite, >= 0 and not both 0"),
         ("distillation.optimisation.steps=0", "distillation.optimisation: steps must be a whole number >= 1"),
         ("neuron.sgc=both", "neuron.sgc"),
+        ("weights=int8", "weights"),
+        ("per_row=true", "per_row must be a bool, and True only with binary or ternary weights; got True with float"),
         ("neuron.sgc_end=0", "neuron.sgc_end must be within (0, 1], given 0"),
         ("distillation.max_sum_of_rates=0", "distillation.max_sum_of_rates must be > 0 or null, given 0"),
         ("distillation.calibration_contexts=0", "distillation.calibration_contexts must be at least 1, given 0"),
