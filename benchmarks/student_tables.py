@@ -305,8 +305,8 @@ def extreme_quantization() -> str:
     columns = ("%", "without spikes", *(f"T = {T}" for T in steps))
     return (
         f"{markdown(columns, lines)}\n\n"
-        f"{held_out['sentences']:,} held-out sentences, {held_out['training_rows']:,} rows to train on; seeds 0 and 1, mean "
-        f"± standard deviation; training of teacher and students {seconds[0]:.0f} s and {seconds[1]:.0f} s. "
+        f"{held_out['sentences']:,} held-out sentences, {held_out['training_rows']:,} rows to train on; seeds 0 and 1, "
+        f"mean ± standard deviation; training of teacher and students {seconds[0]:.0f} s and {seconds[1]:.0f} s. "
         f"{machine(first)}."
     )
 
@@ -337,9 +337,9 @@ def extreme_quantization_energy() -> str:
     table, first = run["students"]["ternary"]["energy"]["8"]["costs"], next(iter(energy.values()))
     return (
         f"{markdown(('T * rate of', *(f'T = {T}' for T in energy)), lines)}\n\n"
-        f"Estimate, not measured on hardware: {table['mac']} pJ a MAC, {table['multiplication']} pJ a multiplication, "
-        f"{table['accumulation']} pJ an accumulation ({table['name']}); per {first['per']}. A product pays below T * rate "
-        f"= {first['break_even']:.1f}."
+        f"Estimate, not measured on hardware: {table['mac']} pJ a MAC, {table['multiplication']} pJ a multiplication,"
+        f" {table['accumulation']} pJ an accumulation ({table['name']}); per {first['per']}. A product pays below "
+        f"T * rate = {first['break_even']:.1f}."
     )
 
 
@@ -370,9 +370,9 @@ def mar_weights() -> str:
     columns = ("weights", "CE", "KL to stage 1", "sum of rates", "bytes of the matrices", "bytes of the file")
     return (
         f"{markdown(columns, lines)}\n\n"
-        f"Every row: {optimisation['steps']} steps of {optimisation['batch_size']} x 128 tokens from the same stage 1 (CE "
-        f"{result['reference']['stage1']['ce']:.3f}), seeds {', '.join(map(str, config['seeds']))}; figures on the first "
-        f"{config['evaluation_contexts']} held-out contexts. {machine(result)}."
+        f"Every row: {optimisation['steps']} steps of {optimisation['batch_size']} x 128 tokens from the same stage 1 "
+        f"(CE {result['reference']['stage1']['ce']:.3f}), seeds {', '.join(map(str, config['seeds']))}; figures on the "
+        f"first {config['evaluation_contexts']} held-out contexts. {machine(result)}."
     )
 
 

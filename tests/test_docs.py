@@ -16,7 +16,7 @@ from spikelm.data import train_tokenizer
 from tests.small_models import mamba2
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("neurons.md", "extending.md", "spikingmamba.md")
+PAGES = ("neurons.md", "extending.md", "spikingmamba.md", "bispikclm.md", "spikingbert.md", "weights.md")
 PROPERTIES = {
     "test_spikes_are_integers_within_range",
     "test_charge_is_conserved",
@@ -77,6 +77,15 @@ def test_the_block_of_the_bispikclm_page_runs() -> None:
     names = run(blocks("bispikclm.md")[0], "bispikclm.md")
     assert len(names["maps"]) == 4 and names["maps"][0].shape == (1, 4, 32, 32)
     assert names["text"].shape[1] > 32
+
+
+@pytest.mark.parametrize("page", ["weights.md", "spikingbert.md"])
+def test_packed_models_of_the_pages_are_saved(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(page)
+    torch.manual_seed(0)
+    run(block, page)
+    assert (tmp_path / "packed" / "model.safetensors").exists()
 
 
 def test_a_neuron_of_ones_own_passes_its_test() -> None:

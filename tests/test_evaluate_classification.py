@@ -27,7 +27,7 @@ def test_against_one_sentence_at_a_time() -> None:
     right = tokens = 0
     rate = 0.0
     for row in rows():
-        output = model(torch.tensor([row["input_ids"]]), T=4)
+        output = model(torch.tensor([row["input_ids"]]), T=4, output_rates=True)
         right += int(output.logits.argmax() == row["labels"])
         tokens += len(row["input_ids"])  # type: ignore[arg-type]
         rate += len(row["input_ids"]) * float(output.firing_rates["layers.1.output_neuron"])  # type: ignore[arg-type]

@@ -18,6 +18,9 @@ DOCUMENTS = (
     "docs/neurons.md",
     "docs/extending.md",
     "docs/digits.md",
+    "docs/bispikclm.md",
+    "docs/spikingbert.md",
+    "docs/weights.md",
 )
 MODEL_NAME = '"meta-llama/Llama-3.2-1B"'
 

@@ -78,7 +78,7 @@ def train_row(task: Task, float_student: Any, row: Quantised, T: list[int]) -> d
         config.quantised_stages,
         **{name: replace(getattr(config.quantised_stages, name), steps=0) for name in row.left_out},
     )
-    settings = {"T": row.training_T or config.student.training_T} | row.settings
+    settings = {"per_row": config.student.per_row, "T": row.training_T or config.student.training_T} | row.settings
     masters = float_student if row.masters == "float student" else from_bert(task.teacher, **config.student_config())
     student = with_weights(masters, row.weights, **settings)
     task.config = replace(config, seed=row.seed)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from spikelm.distill import InternalKD
 from spikelm.errors import SpikelmError
 from spikelm.experiment import Optimisation
+from spikelm.models.spikingbert import SpikingBertConfig
 
 Form = Literal["float", "ternary", "binary"]
 
@@ -115,6 +118,22 @@ class Config:
                 raise SpikelmError(f"{name} has no stage with steps > 0")
             for stage, optimisation in stages.by_name().items():
                 optimisation.check(f"{name}.{stage}")
+                if optimisation.gradient_checkpointing:
+                    raise SpikelmError(f"{name}.{stage}: SpikingBert has no gradient checkpointing")
+        self.objective("prediction")
+        SpikingBertConfig(**self.student_config())
+        for wanted, module, extra in (
+            (True, "sklearn", "baselines"),
+            (self.student.feedback, "torchdeq", "equilibrium"),
+        ):
+            if wanted and importlib.util.find_spec(module) is None:
+                raise SpikelmError(f"{module} is not installed: pip install 'spikelm[{extra}]'")
+
+    def objective(self, stage: str) -> InternalKD:
+        """Of a stage; labels join where the teacher's classes are the target."""
+        if stage in ("general", "internal"):
+            return InternalKD.stage(stage)
+        return InternalKD.stage("prediction", hard_weight=self.hard_weight, temperature=self.temperature)
 
     def student_config(self) -> dict[str, Any]:
         """Arguments of from_bert."""

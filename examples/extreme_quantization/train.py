@@ -1,6 +1,6 @@
 """1-bit and 1.58-bit spiking BERTs at equilibrium from beginning to end, distilled from a BERT classifier.
 
-    python examples/extreme_quantization/train.py --preset tiny data=train.tsv held_out=1821 output_dir=runs/sst2
+    python examples/extreme_quantization/train.py --preset tiny data=FILES held_out=1821 output_dir=runs/sst2
 
 The teacher is any BertForSequenceClassification (teacher=DIRECTORY_OR_HUB_ID); without it a small BERT is trained on
 the task first, and without data= the task is to tell what Python's docstrings are about. data= takes TSV, CSV and JSONL
@@ -34,7 +34,6 @@ from spikelm.data.classification import (
 from spikelm.data.embedded_classification import embedded_classification, train_bert
 from spikelm.data.sources import Reading, read_pieces, source_names
 from spikelm.deploy import packed_storage, storage_line
-from spikelm.distill import InternalKD
 from spikelm.distill.trainer import train
 from spikelm.energy import estimate_encoder
 from spikelm.errors import SpikelmError
@@ -69,7 +68,7 @@ class Task:
                 student,
                 self.teacher,
                 self.general_data() if stage == "general" else self.train_data,
-                self.objective(stage),
+                self.config.objective(stage),
                 output_dir=self.run.path("training") / name / stage,
                 seed=self.config.seed,
                 data_collator=collate_classification,
@@ -78,13 +77,6 @@ class Task:
             )
         student.config.mode = "spiking"
         return {"stages": records, "wall_s": sum(record["wall_s"] for record in records.values())}
-
-    def objective(self, stage: str) -> InternalKD:
-        """Of a stage; labels join where the teacher's classes are the target."""
-        if stage in ("general", "internal"):
-            return InternalKD.stage(stage)
-        config = self.config
-        return InternalKD.stage("prediction", hard_weight=config.hard_weight, temperature=config.temperature)
 
     def general_data(self) -> list[dict[str, Any]]:
         """Sentences whose labels nothing looks at."""
@@ -103,7 +95,7 @@ class Task:
 
     def quantised_student(self, float_student: Any, weights: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The student with binary or ternary weights, its masters from the float one."""
-        student = with_weights(float_student, weights, self.config.student.per_row)
+        student = with_weights(float_student, weights, per_row=self.config.student.per_row)
         return student, self.train(student, weights, self.config.quantised_stages)
 
     def stage(self, name: str, build: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]) -> Any:
@@ -139,10 +131,14 @@ def teacher_directory(config: Config, run: RunDirectory, rows: list[Row], held_o
 def load_classifier(source: str) -> tuple[PreTrainedModel, Any]:
     """A BERT classifier in eval mode on its device, and its tokenizer."""
     try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(source)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SpikelmError(f"teacher {source} cannot be loaded: {error}") from error
+    if loaded["missing_keys"]:
+        raise SpikelmError(
+            f"teacher {source} is no classifier that was trained: it lacks {', '.join(sorted(loaded['missing_keys']))}"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spikelm.distill.objectives import refuse_several_processes
 from spikelm.distill.parameters import PROJECTIONS
 from spikelm.distill.taps import Taps
 from spikelm.errors import SpikelmError
@@ -70,8 +71,10 @@ class InternalKD:
     def build_projections(self, student: nn.Module, teacher: nn.Module) -> nn.Module:
         """The map from the student's channels to the teacher's, which trains with the student and is then thrown away.
 
-        It starts as the identity where the widths agree. [ours]
+        It starts as the identity where the widths agree. [ours] Without the hidden term there is nothing to map.
         """
+        if self.hidden_weight == 0:
+            return nn.Identity()
         inner: Any = student
         sizes = inner.config.hidden_size, teacher.config.hidden_size  # type: ignore[union-attr]
         linear = nn.Linear(*sizes, device=inner.device)  # type: ignore[arg-type]
@@ -87,12 +90,14 @@ class InternalKD:
         batch: Mapping[str, Tensor],
         num_items: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
-        """The terms with a weight > 0, and what the student tells of itself.
+        """The terms with a weight > 0, and what a student in training tells of itself.
 
-        "rate_gap" is the mean |asr - F| of its populations where it measured spiking rates, "residual" that of the
-        fixed point where it solved for one.
+        "rate_gap.<layer>" is the mean |asr - F| of a layer's populations where it measured spiking rates, "residual"
+        that of the fixed point where it solved for one.
         """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        if self.hidden_weight > 0:
+            refuse_several_processes(self)  # the map is called outside of the student's forward
         inside = self.hidden_weight > 0 or self.attention_weight > 0
         count = self.count_items(batch) if num_items is None else num_items
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
@@ -101,7 +106,7 @@ class InternalKD:
         if inside or self.soft_weight > 0:
             target, scores = teacher_outputs(teacher, inputs, self.attention_weight > 0)
         if self.hidden_weight > 0:
-            project = getattr(student, PROJECTIONS, None) or getattr(getattr(student, "module", None), PROJECTIONS)
+            project: Any = getattr(student, PROJECTIONS)
             terms["hidden"] = hidden_error(target.hidden_states, output.hidden_states, project, real) / count
         if self.attention_weight > 0:
             terms["attention"] = score_error(scores, output.attention_scores, real) / count
@@ -112,13 +117,16 @@ class InternalKD:
                 raise SpikelmError("hard_weight takes a batch with labels; it has " + ", ".join(batch))
             terms["hard"] = F.cross_entropy(output.logits.float(), batch["labels"], reduction="sum") / count
         total = torch.stack([getattr(self, f"{name}_weight") * term for name, term in terms.items()]).sum()
-        return {"loss": total, **terms, **_diagnostics(output, total)}
+        # Means of a part of the update, weighed so that the trainer's sum over parts is the mean of the whole.
+        share = self.count_items(batch) / count
+        return {"loss": total, **terms, **{name: share * mean for name, mean in _diagnostics(output, total).items()}}
 
 
 def _diagnostics(output: Any, like: Tensor) -> dict[str, Tensor]:
-    found = {}
-    if getattr(output, "rate_gaps", None):
-        found["rate_gap"] = torch.stack(list(output.rate_gaps.values())).mean()
+    layers: dict[str, list[Tensor]] = {}
+    for population, gap in (getattr(output, "rate_gaps", None) or {}).items():
+        layers.setdefault(population.rpartition(".")[0] or "input", []).append(gap)
+    found = {f"rate_gap.{layer}": torch.stack(gaps).mean() for layer, gaps in layers.items()}
     if "forward" in (getattr(output, "solutions", None) or {}):
         found["residual"] = like.new_tensor(output.solutions["forward"].residual)
     return found

@@ -17,16 +17,18 @@ def estimate_encoder(
 
     A projection of in * out multiply-accumulates (MAC) takes MAC * T * rate accumulations, rate that of its inputs;
     query k^T and softmax(.) v likewise, for k and v spike. What stays real runs T times: softmax, LayerNorm and GELU,
-    counted as 1 multiplication a score, 3 an element and 1 an element (a lower bound: exp and erf take more); and every
-    neuron adds once, and once more where it fires. Embedding, pooler, classifier, feedback and moving data are left
-    out on both sides.
+    counted as 1 multiplication a score, 3 an element and 1 an element (a lower bound: exp and erf take more), and so
+    do biases and residual sums; the scale of quantised weights is multiplied at every step, but for key and value,
+    whose neurons take it in. Every neuron adds once, and once more where it fires. Embedding, pooler, classifier,
+    feedback and moving data are left out on both sides.
 
     Args:
         firing_rates: population -> spikes per neuron, token and step, e.g. of `spiking_accuracy`.
         length: mean tokens of a sentence, > 0.
 
     Returns:
-        JSON types: "terms" by name (dense mac and multiplications, spiking accumulations and multiplications);
+        JSON types: "terms" by name (dense mac, additions and multiplications; spiking accumulations, which are
+        additions too, and multiplications);
         "T_times_rate" by population (an accumulation pays below mac / accumulation of the table, "break_even");
         "dense_pj", "spiking_pj", "benefit" (dense over spiking), "projections_benefit" (the products alone, as the
         papers count) and "verdict".
@@ -37,7 +39,12 @@ def estimate_encoder(
     terms = _terms(config, _by_place(config, firing_rates), T, length)
     multiplication = table.mac if table.multiplication is None else table.multiplication
     products = [term for term in terms.values() if term["mac"]]
-    dense = sum(table.mac * term["mac"] + multiplication * term["dense_multiplications"] for term in terms.values())
+    dense = sum(
+        table.mac * term["mac"]
+        + table.accumulation * term["dense_additions"]
+        + multiplication * term["dense_multiplications"]
+        for term in terms.values()
+    )
     spiking = sum(
         table.accumulation * term["accumulations"] + multiplication * term["multiplications"] for term in terms.values()
     )
@@ -95,6 +102,11 @@ def _terms(config: Any, rates: Mapping[str, list[float]], T: int, length: float)
     every_step = {"softmax": heads * length, "LayerNorm": 2 * 3 * size, "GELU": wide}
     for name, count in every_step.items():
         terms[name] = _term(dense_multiplications=layers * count, multiplications=layers * count * T)
+    added = layers * (5 * size + wide + 2 * size)  # biases of six projections, two residual sums
+    terms["biases and sums"] = _term(dense_additions=added, accumulations=added * T)
+    if config.weights != "float":
+        scaled = 3 * size + wide + (0 if config.fold_scale else 2 * size)
+        terms["scales of the weights"] = _term(multiplications=layers * scaled * T)
     width = {place: wide if place == "intermediate" else size for place in rates}
     fired = sum(width[place] * rate for place, found in rates.items() if place != "input" for rate in found)
     neurons = layers * sum(width[place] for place in rates if place != "input") + size  # and the input's own
@@ -103,10 +115,15 @@ def _terms(config: Any, rates: Mapping[str, list[float]], T: int, length: float)
 
 
 def _term(
-    mac: float = 0, dense_multiplications: float = 0, accumulations: float = 0, multiplications: float = 0
+    mac: float = 0,
+    dense_additions: float = 0,
+    dense_multiplications: float = 0,
+    accumulations: float = 0,
+    multiplications: float = 0,
 ) -> dict[str, float]:
     return {
         "mac": mac,
+        "dense_additions": dense_additions,
         "dense_multiplications": dense_multiplications,
         "accumulations": accumulations,
         "multiplications": multiplications,

@@ -89,19 +89,26 @@ def with_projection(kd: InternalKD, student: torch.nn.Module, teacher: torch.nn.
     return student
 
 
+@pytest.mark.parametrize("mode", ["rate", "spiking"])
 @pytest.mark.parametrize("stage", ["general", "internal", "prediction"])
-def test_stages_and_micro_batches(stage: str) -> None:
+def test_stages_and_micro_batches(stage: str, mode: str) -> None:
     """Two halves, each over the sentences of both, are the whole; the terms are the weighted loss."""
     kd, teacher = InternalKD.stage(stage, hard_weight=0.5), bert()
-    student = with_projection(kd, from_bert(teacher, num_hidden_layers=2, mode="rate", classifier_dropout=0.0), teacher)
+    student = with_projection(
+        kd, from_bert(teacher, num_hidden_layers=2, mode=mode, T=8, classifier_dropout=0.0), teacher
+    )
+    student.train()
     whole = batch()
+    whole["attention_mask"][:] = 1  # so that sentences weigh alike in means over tokens, as the gaps are
     halves = [{name: value[part] for name, value in whole.items()} for part in (slice(0, 3), slice(3, 6))]
     total = kd(student, teacher, whole)
     parts = [kd(student, teacher, half, torch.tensor(6)) for half in halves]
     for name, value in total.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], value)
-    assert set(total) - {"loss"} == {"hard"} | ({"soft"} if stage == "prediction" else {"hidden", "attention"})
-    weighted = sum(getattr(kd, f"{name}_weight") * value for name, value in total.items() if name != "loss")
+    terms = {name for name in total if "." not in name}
+    assert ("rate_gap.layers.1" in total) == (mode == "spiking")
+    assert terms - {"loss"} == {"hard"} | ({"soft"} if stage == "prediction" else {"hidden", "attention"})
+    weighted = sum(getattr(kd, f"{name}_weight") * value for name, value in total.items() if name in terms - {"loss"})
     torch.testing.assert_close(total["loss"], weighted)
 
 
@@ -115,8 +122,9 @@ def test_widths_may_differ() -> None:
 
 def test_gap_and_residual_are_logged() -> None:
     kd, teacher = InternalKD.stage("prediction"), bert()
-    assert kd(spikingbert().train(), teacher, batch())["rate_gap"] > 0
-    fed = spikingbert(feedback=True, mode="rate", solver_max_iterations=100)
+    terms = kd(spikingbert().train(), teacher, batch())
+    assert all(terms[f"rate_gap.{layer}"] > 0 for layer in ("input", "layers.0", "layers.1"))
+    fed = spikingbert(feedback=True, mode="rate", solver_max_iterations=100).train()
     with torch.no_grad():
         fed.bert.feedback.weight.normal_(std=0.03, generator=torch.Generator().manual_seed(0))
     assert 0 <= kd(fed, teacher, batch())["residual"] <= 1e-4

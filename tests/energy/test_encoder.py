@@ -31,11 +31,22 @@ def test_terms_by_hand() -> None:
     assert sum(terms[name]["dense_multiplications"] for name in ("softmax", "LayerNorm", "GELU")) == real
     neurons = 2 * (5 * 32 + 64) + 32
     assert terms["neurons"]["accumulations"] == pytest.approx(5 * neurons * 1.1)
-    total = sum(macs.values())
-    assert found["dense_pj"] == pytest.approx(4.6 * total + 3.7 * real)
-    assert found["spiking_pj"] == pytest.approx(0.9 * (0.5 * total + 5 * neurons * 1.1) + 3.7 * 5 * real)
+    total, added = sum(macs.values()), 2 * (7 * 32 + 64)
+    assert terms["biases and sums"]["dense_additions"] == added
+    assert found["dense_pj"] == pytest.approx(4.6 * total + 0.9 * added + 3.7 * real)
+    assert found["spiking_pj"] == pytest.approx(0.9 * (0.5 * total + 5 * (neurons * 1.1 + added)) + 3.7 * 5 * real)
     assert found["projections_benefit"] == pytest.approx(4.6 / (0.9 * 0.5))
     assert found["break_even"] == pytest.approx(5.11, abs=0.01) and found["T_times_rate"]["input_neuron"] == 0.5
+
+
+def test_scales_of_quantised_weights_are_multiplied_at_every_step() -> None:
+    """Of all projections but key and value, or of all six where nothing is folded."""
+    plain = estimate_encoder(spikingbert().config, rates(0.1), 5, 10.0)
+    for fold_scale, scaled in ((True, 3 * 32 + 64), (False, 5 * 32 + 64)):
+        config = spikingbert(weights="ternary", fold_scale=fold_scale).config
+        found = estimate_encoder(config, rates(0.1), 5, 10.0)
+        assert found["spiking_pj"] - plain["spiking_pj"] == pytest.approx(3.7 * 5 * 2 * scaled)
+        assert found["dense_pj"] == plain["dense_pj"]
 
 
 def test_the_honest_total_says_when_it_is_worse() -> None:
@@ -48,7 +59,7 @@ def test_the_honest_total_says_when_it_is_worse() -> None:
 def test_rates_of_a_model_fit() -> None:
     model = spikingbert()
     with torch.no_grad():
-        measured = model(torch.ones(1, 5, dtype=torch.long)).firing_rates
+        measured = model(torch.ones(1, 5, dtype=torch.long), output_rates=True).firing_rates
     assert estimate_encoder(model.config, {name: float(rate) for name, rate in measured.items()}, 8, 5.0)["benefit"] > 0
 
 

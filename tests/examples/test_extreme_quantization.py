@@ -30,7 +30,7 @@ def test_metrics_hold_what_is_promised(finished_extreme_quantization: Path) -> N
         assert student["energy"]["16"]["estimate"] == "not measured on hardware"
     assert all(0 < accuracy <= 1 for accuracy in accuracies)
     stages = metrics["training"]["ternary"]["stages"]
-    assert set(stages) == {"internal", "prediction", "spiking"} and stages["spiking"]["rate_gap"] > 0
+    assert set(stages) == {"internal", "prediction", "spiking"} and stages["spiking"]["rate_gap.layers.0"] > 0
     assert set(metrics["wall_s"]) == {"teacher", *STUDENTS}
 
 
@@ -102,6 +102,9 @@ def test_ablation(extreme_quantization: Any, finished_extreme_quantization: Path
         ({"T": "[8,0]"}, "T must be one or more integers >= 1"),
         ({"student.training_T": 0}, "student.training_T must be at least 1, given 0"),
         ({"weights": "[ternary,ternary]"}, "weights must name each student once"),
+        ({"temperature": 0}, "temperature must be finite and > 0, given 0"),
+        ({"student.v_threshold": 0}, "v_threshold must be a finite number > 0"),
+        ({"float_stages.internal.gradient_checkpointing": "true"}, "SpikingBert has no gradient checkpointing"),
         ({"held_out": 100000}, "count is 100000"),
         ({"teacher": "no/such/place"}, "teacher no/such/place cannot be loaded"),
         (

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import spikelm.models.spikingbert.modeling_spikingbert as modeling
+from spikelm.data.embedded_classification import train_wordpiece
 from spikelm.deploy import deploy
 from spikelm.equilibrium import ConvergenceError, ConvergenceWarning
 from spikelm.errors import SpikelmError
@@ -39,7 +48,7 @@ def tokens() -> dict[str, torch.Tensor]:
 def test_populations() -> None:
     """Six a layer, and the input's; every one fires."""
     with torch.no_grad():
-        rates = spikingbert()(**tokens()).firing_rates
+        rates = spikingbert()(**tokens(), output_rates=True).firing_rates
     assert len(rates) == 13 and all(0 < rate < 1 for rate in rates.values())
 
 
@@ -80,7 +89,7 @@ def test_outputs_after_are_those_of_separate_runs() -> None:
     with torch.no_grad():
         together = model.outputs_after((8, 5), **tokens())
         for T, output in together.items():
-            alone = model(**tokens(), T=T)
+            alone = model(**tokens(), T=T, output_rates=True)
             assert torch.equal(output.logits, alone.logits)
             assert output.firing_rates == alone.firing_rates
 
@@ -162,7 +171,7 @@ def test_without_feedback_no_fixed_point_is_looked_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(modeling, "equilibrium", refuse)
     model = spikingbert().train()
     for mode in ("rate", "spiking"):
-        output = model(**tokens(), mode=mode, labels=LABELS)
+        output = model(**tokens(), mode=mode, labels=LABELS, output_rates=True)
         output.loss.backward()
         assert output.solutions is None
     with pytest.raises(AssertionError, match="solved"):
@@ -172,7 +181,7 @@ def test_without_feedback_no_fixed_point_is_looked_for(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("method", ["anderson", "broyden", "fixed_point"])
 def test_implicit_gradient_is_the_unrolled_one(method: str) -> None:
     model, batch = contraction(mode="rate", solver_method=method, solver_max_iterations=200), tokens()
-    output = model(**batch, labels=LABELS)
+    output = model(**batch, labels=LABELS, output_rates=True)
     parameters = {name: p for name, p in model.named_parameters() if "pooler" not in name and "classifier" not in name}
     implicit = torch.autograd.grad(output.loss, parameters.values())
     assert output.solutions["forward"].converged and output.solutions["backward"].converged
@@ -271,6 +280,10 @@ def test_quantised_copy_keeps_the_masters() -> None:
     assert copy.config.weights == "ternary" and copy.config.per_row and model.config.weights == "float"
     for name, value in model.state_dict().items():
         assert torch.equal(value, copy.state_dict()[name])
+    assert with_weights(copy, "binary").config.per_row, "what is not named stays"
+    for settings in ({"num_hidden_layers": 1}, {"feedback": True}):
+        with pytest.raises(SpikelmError, match="settings must leave the student's shape as it is"):
+            with_weights(model, "ternary", **settings)
     with pytest.raises(SpikelmError, match="no float masters"):
         with_weights(deploy(copy, form="packed"), "binary")
 
@@ -289,6 +302,13 @@ def test_from_bert_takes_the_last_layer_of_each_block() -> None:
     assert torch.equal(first.bert.layers[0].query.bias, teacher.bert.encoder.layer[0].attention.self.query.bias)
 
 
+def test_from_bert_follows_its_source() -> None:
+    student = from_bert(bert().train().double())
+    assert student.training and student.dtype == torch.float64 and not from_bert(bert()).training
+    names = {0: "bad", 1: "good", 2: "neither"}
+    assert from_bert(bert().bert, id2label=names).classifier.out_features == 3
+
+
 def test_from_bert_is_bert_but_for_the_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the identity in place of every population it computes what BERT computes."""
     teacher = bert()
@@ -304,6 +324,7 @@ def test_from_bert_is_bert_but_for_the_neurons(monkeypatch: pytest.MonkeyPatch) 
         ({"hidden_size": 64}, "hidden_size is the checkpoint's 32; got 64"),
         ({"num_hidden_layers": 3}, "4 layers must be a multiple of num_hidden_layers; got 3"),
         ({"layers": [1, 4]}, r"layers must be within 0\.\.3; got \[1, 4\]"),
+        ({"num_labels": 5}, "num_labels is the checkpoint's 2; got 5"),
         ({"layers": [1], "num_hidden_layers": 2}, "num_hidden_layers 2 does not go with 1 layers"),
     ],
 )
@@ -315,6 +336,68 @@ def test_from_bert_refuses(settings: dict[str, object], message: str) -> None:
 
 
 # ---- transformers
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit(dtype: torch.dtype, packed: bool, tmp_path: Path) -> None:
+    model = spikingbert(weights="ternary")
+    if packed:
+        deploy(model, form="packed")
+    model.save_pretrained(tmp_path)
+    for half in (model.to(dtype), SpikingBertForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)):
+        with torch.no_grad():
+            assert half.eval()(**tokens()).logits.dtype == dtype
+        if not packed:
+            half.train()(**tokens(), labels=LABELS).loss.backward()
+            assert half.bert.layers[0].key.weight.grad.isfinite().all()
+
+
+def test_bf16_autocast_trains() -> None:
+    model = spikingbert().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**tokens(), labels=LABELS).loss.backward()
+    assert model.bert.layers[0].key.weight.grad.abs().sum() > 0
+
+
+def test_damaged_and_incomplete_packed_files(tmp_path: Path) -> None:
+    model = deploy(spikingbert(weights="ternary"), form="packed")
+    model.save_pretrained(tmp_path)
+    assert not any(p.requires_grad for p in SpikingBertForSequenceClassification.from_pretrained(tmp_path).parameters())
+    file = tmp_path / "model.safetensors"
+    tensors, name = load_file(file), "bert.layers.1.key.packed_weight"
+    save_file(tensors | {name: torch.full_like(tensors[name], 255)}, file, metadata={"format": "pt"})
+    with pytest.raises(SpikelmError, match="the checkpoint is damaged: bert.layers.1.key"):
+        SpikingBertForSequenceClassification.from_pretrained(tmp_path)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SpikelmError, match=f"the checkpoint has no {name}"):
+        SpikingBertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_pipeline_in_batches(tmp_path: Path) -> None:
+    model = spikingbert(vocab_size=300, max_position_embeddings=32, output_hidden_states=True)
+    tokenizer = train_wordpiece(["a good film", "a bad film"] * 9, 300)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    alone = [classify(text)[0] for text in ("a good film", "bad")]
+    for one, together in zip(alone, classify(["a good film", "bad"], batch_size=2), strict=True):
+        assert one["label"] == together["label"] and one["score"] == pytest.approx(together["score"], abs=1e-5)
+
+
+def test_plain_trainer(tmp_path: Path) -> None:
+    """Accumulation does not scale the gradient, evaluation gets logits alone."""
+    rows = [{"input_ids": [1, 2, 3 + i], "attention_mask": [1] * 3, "labels": i % 2} for i in range(8)]
+    norms = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        model = spikingbert(classifier_dropout=0.0, mode="rate")
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], logging_steps=1, **options)
+        measure = lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}  # noqa: E731
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=measure)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+        assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_auto_classes(tmp_path: Path) -> None:

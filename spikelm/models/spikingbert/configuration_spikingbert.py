@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -50,6 +50,9 @@ class SpikingBertConfig(PreTrainedConfig):
     """
 
     model_type = "spikingbert"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("hidden_states", "attention_scores", "firing_rates", "rate_gaps", "solutions")
+    ]
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -48,6 +48,10 @@ def from_bert(
     if source.model_type != "bert":
         raise SpikelmError(f"from_bert takes a model of type 'bert'; got {source.model_type!r}")
     shape = {name: getattr(source, name) for name in SHARED}
+    if not hasattr(bert, "classifier"):  # the head is new: so may its classes be
+        shape |= {name: settings[name] for name in ("id2label", "label2id") if name in settings}
+    elif settings.get("num_labels", source.num_labels) != source.num_labels:
+        raise SpikelmError(f"num_labels is the checkpoint's {source.num_labels}; got {settings['num_labels']}")
     for name in set(settings) & set(SHARED):
         if settings[name] != shape[name]:
             raise SpikelmError(f"{name} is the checkpoint's {shape[name]!r}; got {settings[name]!r}")
@@ -64,7 +68,7 @@ def from_bert(
     absent = [name for name in missing if not name.startswith(("bert.pooler.", "classifier.", "bert.feedback."))]
     if absent or unexpected:
         raise SpikelmError(f"the checkpoint does not fit: {', '.join((absent + unexpected)[:3])} ...")
-    return student
+    return student.to(bert.device, bert.dtype).train(bert.training)  # type: ignore[arg-type]
 
 
 def block_ends(layers: int, blocks: int) -> list[int]:
@@ -75,18 +79,21 @@ def block_ends(layers: int, blocks: int) -> list[int]:
 
 
 def with_weights(
-    student: SpikingBertForSequenceClassification, weights: str, per_row: bool = False, **settings: Any
+    student: SpikingBertForSequenceClassification, weights: str, **settings: Any
 ) -> SpikingBertForSequenceClassification:
     """A copy with "binary" or "ternary" projections, whose masters are the student's weights. [ours]
 
-    settings: further entries of SpikingBertConfig to change, none of the shape.
+    settings: further entries of SpikingBertConfig to change (``per_row``, ``T``, ...), none of the shape.
     """
     if student.config.packed:
         raise SpikelmError("a packed student has no float masters; take the training checkpoint")
-    changes = {"weights": weights, "per_row": per_row} | settings
+    changes = {"weights": weights} | settings
     copy = SpikingBertForSequenceClassification(SpikingBertConfig.from_dict(student.config.to_dict() | changes))
-    copy.load_state_dict(student.state_dict())
-    return copy.to(student.device)  # type: ignore[arg-type]
+    try:
+        copy.load_state_dict(student.state_dict())
+    except RuntimeError as error:
+        raise SpikelmError(f"settings must leave the student's shape as it is; got {settings}: {error}") from error
+    return copy.to(student.device, student.dtype).train(student.training)  # type: ignore[arg-type]
 
 
 def _renamed(state: dict[str, torch.Tensor], chosen: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -31,8 +31,9 @@ class SpikingBertOutput(ModelOutput):
         attention_scores: query k^T / sqrt(d_h) at those rates, before mask and softmax, per layer [B, H, L, L], if
             asked for.
         firing_rates: in mode "spiking", population -> mean rate over real tokens and channels, scalar.
-        rate_gaps: in training in mode "spiking", population -> mean |asr - F|, scalar.
+        rate_gaps: in mode "spiking" where F was evaluated (for gradients or scores), population -> mean |asr - F|.
         solutions: with feedback, of the solver by "forward" (mode "rate") and, once the gradient is formed, "backward".
+            These three in training, or if asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -102,6 +103,16 @@ class Feedback(BitLinear):
     """The last layer's way back. It starts at 0, so that a solver converges from the first step on. [ours]"""
 
 
+def check_packed(model: nn.Module) -> None:
+    """SpikelmError where packed bytes are no codes."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitLinear):
+            try:
+                layer.check_packed()
+            except SpikelmError as error:
+                raise SpikelmError(f"the checkpoint is damaged: {name}: {error}") from error
+
+
 def projection(config: SpikingBertConfig, inputs: int, outputs: int, kind: type[BitLinear] = BitLinear) -> BitLinear:
     """A projection with the configuration's weights; in its packed form where the configuration says so."""
     layer = kind(inputs, outputs, weights=config.weights, per_row=config.per_row)
@@ -121,6 +132,19 @@ class SpikingBertPreTrainedModel(PreTrainedModel):
     config: SpikingBertConfig
     base_model_prefix = "bert"
     _no_split_modules = ["SpikingBertLayer"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers; SpikelmError for a packed model whose bits the file lacks or has damaged."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
+        if model.config.packed:
+            unset = [name for name in report["missing_keys"] if name.endswith(("packed_weight", "weight_scale"))]
+            if unset:
+                raise SpikelmError(f"the checkpoint has no {sorted(unset)[0]}, and {len(unset) - 1} more are missing")
+            check_packed(model)
+            model.requires_grad_(False)
+        return loaded if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -166,9 +190,13 @@ class SpikingBertModel(SpikingBertPreTrainedModel):
         mode: str | None = None,
         output_hidden_states: bool | None = None,
         output_attention_scores: bool = False,
-        **kwargs: Any,
+        output_rates: bool | None = None,
     ) -> SpikingBertOutput:
-        """Token ids [B, L] to rates. T, mode: instead of the configuration's."""
+        """Token ids [B, L] to rates.
+
+        T, mode: instead of the configuration's.
+        output_rates: whether firing_rates, rate_gaps and solutions are wanted; None, in training alone.
+        """
         mode = self.config.mode if mode is None else mode
         if mode not in MODES:
             raise SpikelmError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
@@ -188,6 +216,8 @@ class SpikingBertModel(SpikingBertPreTrainedModel):
             output.hidden_states = tuple(run.hidden)
         if output_attention_scores:
             output.attention_scores = tuple(run.scores)
+        if not (self.training if output_rates is None else output_rates):
+            return output
         if spiking:
             names = self.populations()
             output.firing_rates = {names[neuron]: real_mean(rate, real) for neuron, rate in measured.items()}
@@ -224,7 +254,7 @@ class SpikingBertModel(SpikingBertPreTrainedModel):
                 entering = current if self.feedback is None else current + self.feedback(output)
                 output = self._layers(entering.expand(count, *current.shape), real, spikes)[-1][-1]
                 done += count
-            rates[steps] = {neuron: spikes.counts[neuron] / steps for neuron in self.populations()}
+            rates[steps] = {neuron: (spikes.counts[neuron] / steps).to(current.dtype) for neuron in self.populations()}
         return rates
 
     def _input(
@@ -296,15 +326,32 @@ class SpikingBertForSequenceClassification(SpikingBertPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        T: int | None = None,
+        mode: str | None = None,
+        output_hidden_states: bool | None = None,
+        output_attention_scores: bool = False,
+        output_rates: bool | None = None,
     ) -> SpikingBertClassifierOutput:
-        """Logits and, with labels [B] (classes), the mean cross-entropy; kwargs as of SpikingBertModel."""
+        """Logits and, with labels [B] (classes), the mean cross-entropy; the rest as of SpikingBertModel."""
         if labels is not None:
             check_classes(labels, self.num_labels)
-        outputs = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, **kwargs)
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            T=T,
+            mode=mode,
+            output_hidden_states=output_hidden_states,
+            output_attention_scores=output_attention_scores,
+            output_rates=output_rates,
+        )
         logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels)
         shared = {name: value for name, value in outputs.items() if name not in ("last_hidden_state", "pooler_output")}
         return SpikingBertClassifierOutput(loss=loss, logits=logits, **shared)
 
@@ -327,6 +374,12 @@ class SpikingBertForSequenceClassification(SpikingBertPreTrainedModel):
                 rate_gaps={names[neuron]: gap for neuron, gap in reading.gaps.items()},
             )
         return outputs
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch, in float32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return nn.functional.cross_entropy(logits.to(wide), labels.long())
 
 
 def check_classes(labels: torch.Tensor, num_labels: int) -> None:
