@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spikelm.convert import Recipe, spike_sites, spikify
 from spikelm.deploy import deploy
 from spikelm.errors import SpikelmError
-from spikelm.layers.bit_linear import BitLinear
+from spikelm.layers.bit_linear import BitLinear, check_packed
 
 
 @register_quantization_config("spikelm")
@@ -97,10 +97,7 @@ def check_loaded(model: nn.Module) -> None:
             unset = [key for key, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
             if unset:
                 raise SpikelmError(f"the checkpoint has no {' and no '.join(unset)} for {name}")
-            try:
-                layer.check_packed()
-            except SpikelmError as error:
-                raise SpikelmError(f"the checkpoint is damaged: {name}: {error}") from error
+    check_packed(model)
 
 
 def _deploy_as(model: nn.Module, form: str | None, accumulate_dtype: str | None = None) -> None:

@@ -146,3 +146,13 @@ class BitLinear(nn.Linear):
         """Shape, and the form of the weights where they are not float."""
         form = "" if self.weights == "float" else f", weights={self.weights}"
         return super().extra_repr() + form + (", per_row" if form and self.per_row else "") + (", packed" * self.packed)
+
+
+def check_packed(model: nn.Module) -> None:
+    """Raises SpikelmError, naming the layer, where a model's packed bytes are no codes."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitLinear):
+            try:
+                layer.check_packed()
+            except SpikelmError as error:
+                raise SpikelmError(f"the checkpoint is damaged: {name}: {error}") from error

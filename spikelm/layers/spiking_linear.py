@@ -9,6 +9,7 @@ from torch import nn
 
 from spikelm.layers.bit_linear import BitLinear
 from spikelm.neurons import ATMN, TILIF
+from spikelm.ops.spike_storage import linear
 
 SiteNeuron = ATMN | TILIF
 """A neuron whose ``encode_sum`` a projection accumulates, with a threshold per channel."""
@@ -18,6 +19,8 @@ class SpikingLinear(BitLinear):
     """y = W n(x) + b, with n(x) the weighted sum of the frames that ``neuron`` makes of x [*, in_features].
 
     W may be binary or ternary, see BitLinear; thresholds are then folded into its masters.
+
+    For the weights' gradient the spikes are kept as bits where that takes less (spikelm.ops.spike_storage).
 
     Several projections of one input share a bank of neurons: the first holds it as its submodule,
     the others refer to it, so a state dict names it once.
@@ -83,7 +86,7 @@ class SpikingLinear(BitLinear):
         if not self.spiking:
             return super().forward(x)
         owner = self._shares_with[0] if self._shares_with else self
-        return super().forward(owner._encode(x))
+        return linear(owner._encode(x), self.effective_weight(), self.bias, self.neuron.spike_code)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """The bank's weighted sum for x, computed once where the projections of a bank get the same tensor in turn."""

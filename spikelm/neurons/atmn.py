@@ -10,6 +10,7 @@ import torch
 from spikelm.neurons.base import DynamicsNode, check_count, check_positive
 from spikelm.ops import multistep
 from spikelm.ops.dynamics import Dynamics, Fire, Inject
+from spikelm.ops.spike_storage import SpikeCode
 
 
 class ATMN(DynamicsNode):
@@ -91,6 +92,14 @@ class ATMN(DynamicsNode):
             inject=self.inject,
             detach_reset=self.detach_reset,
         )
+
+    @property
+    def spike_code(self) -> SpikeCode | None:
+        """The values that ``encode_sum`` has; None where frames weigh other than 1 or 1/2."""
+        signed = self.fire != "binary"
+        if self.frame_weight == 1 or self.T == 1:
+            return SpikeCode(self.T, signed=signed)
+        return SpikeCode(2**self.T - 1, 2.0 ** (1 - self.T), signed) if self.frame_weight == 0.5 else None
 
     def encode(self, x: torch.Tensor, spike_dtype: torch.dtype | None = None) -> torch.Tensor:
         """T ternary frames of x [*]: [T, *] in x's dtype, or in torch.int8 without gradient.

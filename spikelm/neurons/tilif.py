@@ -11,6 +11,7 @@ from spikelm.errors import SpikelmError
 from spikelm.neurons.base import DynamicsNode, check_beta, check_count
 from spikelm.ops import multistep, reference
 from spikelm.ops.dynamics import Compensation, Dynamics
+from spikelm.ops.spike_storage import SpikeCode
 
 
 class TILIF(DynamicsNode):
@@ -91,6 +92,11 @@ class TILIF(DynamicsNode):
             sgc=self.sgc if self.training else None,
             sgc_weight=self.sgc_weight,
         )
+
+    @property
+    def spike_code(self) -> SpikeCode | None:
+        """The values that ``encode_sum`` has; None while compensation "blend" mixes real numbers in."""
+        return None if self.sgc == "blend" and self.training else SpikeCode(self.D)
 
     def encode_sum(self, x: torch.Tensor, spike_dtype: torch.dtype | None = None) -> torch.Tensor:
         """The spikes of one step from v = 0, the paper's form: shape and dtype of x, or torch.int8 without gradient.

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spikelm.layers import SpikingLinear
-from spikelm.neurons import ATMN
+from spikelm.neurons import ATMN, TILIF
+from spikelm.ops import spike_storage
 
 
 class Gated(nn.Module):
@@ -145,3 +146,45 @@ def test_training_mode_of_the_linear_is_kept() -> None:
     assert not SpikingLinear.from_linear(linear, ATMN(num_channels=6)).training
     assert "shares a neuron bank" in repr(Gated().up)
     assert "shares a neuron bank" not in repr(Gated().gate)
+
+
+NEURONS = [
+    (ATMN, {"T": 1}, 2),
+    (ATMN, {"T": 4}, 4),
+    (ATMN, {"T": 4, "tau": 0.5, "frame_weight": 0.5}, 8),
+    (ATMN, {"T": 4, "frame_weight": 0.7}, None),
+    (TILIF, {"D": 4}, 4),
+    (TILIF, {"D": 4, "sgc": "gradient"}, 4),
+    (TILIF, {"D": 4, "sgc": "blend"}, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "bits"), NEURONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spikes_kept_as_bits_change_no_gradient(
+    kind: type, arguments: dict[str, object], bits: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    store = spike_storage.store
+
+    def counting_store(spikes: torch.Tensor, code: spike_storage.SpikeCode) -> spike_storage.StoredSpikes:
+        stored = store(spikes, code)
+        sizes.append(stored.data.nbytes)
+        return stored
+
+    monkeypatch.setattr(spike_storage, "store", counting_store)
+    torch.manual_seed(0)
+    layer = SpikingLinear.from_linear(nn.Linear(64, 16).to(dtype), kind(num_channels=64, **arguments)).train()
+    data = x(8, 64).to(dtype).requires_grad_()
+    inputs = (data, layer.weight, layer.bias, *layer.neuron.parameters())
+    kept = torch.autograd.grad(layer(data).float().square().sum(), inputs)
+    plain = F.linear(layer.neuron.encode_sum(data), layer.weight, layer.bias)
+    for ours, expected in zip(kept, torch.autograd.grad(plain.float().square().sum(), inputs), strict=True):
+        assert torch.equal(ours, expected)
+    assert sizes == ([] if bits is None else [8 * 64 * bits // 8])
+
+
+def test_a_bank_stores_its_spikes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mock.patch.object(spike_storage, "store", side_effect=spike_storage.store) as store:
+        Gated()(x(2, 6).requires_grad_())
+    assert store.call_count == 2

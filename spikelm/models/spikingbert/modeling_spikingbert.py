@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from spikelm.equilibrium import Solution, equilibrium
 from spikelm.errors import SpikelmError
-from spikelm.layers.bit_linear import BitLinear
+from spikelm.layers.bit_linear import BitLinear, check_packed
 from spikelm.layers.equilibrium_if import EquilibriumIF
 from spikelm.models.spikingbert.configuration_spikingbert import MODES, SpikingBertConfig
 from spikelm.models.spikingbert.readings import MeasuredRates, Rates, Spikes, real_mean
@@ -101,16 +101,6 @@ class SpikingBertLayer(nn.Module):
 
 class Feedback(BitLinear):
     """The last layer's way back. It starts at 0, so that a solver converges from the first step on. [ours]"""
-
-
-def check_packed(model: nn.Module) -> None:
-    """SpikelmError where packed bytes are no codes."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, BitLinear):
-            try:
-                layer.check_packed()
-            except SpikelmError as error:
-                raise SpikelmError(f"the checkpoint is damaged: {name}: {error}") from error
 
 
 def projection(config: SpikingBertConfig, inputs: int, outputs: int, kind: type[BitLinear] = BitLinear) -> BitLinear:
