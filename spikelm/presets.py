@@ -141,7 +141,12 @@ def _build(config_class: type[Any], values: Mapping[str, Any], prefix: str, know
     converted = {}
     for name, field in fields.items():
         if name in values:
-            converted[name] = _convert(hints[name], values[name], prefix + name, known)
+            value = values[name]
+            nested = [arm for arm in _arms(hints[name]) if dataclasses.is_dataclass(arm)]
+            if isinstance(value, Mapping) and [type(field.default)] == nested:
+                # What is not given is the field's own default, which may differ from that of its class.
+                value = _merge(to_dict(field.default), dict(value))
+            converted[name] = _convert(hints[name], value, prefix + name, known)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise SpikelmError(f"field {prefix + name!r} has no value: set it in the preset or as {prefix + name}=...")
     return config_class(**converted)

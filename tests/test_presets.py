@@ -34,6 +34,7 @@ class Settings:
     levels: Literal[1, 2, 4] = 4
     stage2: Stage = Stage()
     stage3: Stage | None = None
+    stage4: Stage | None = Stage(0.7, "both", 3)
 
 
 @pytest.fixture
@@ -48,6 +49,13 @@ def test_values_are_typed_and_inherited(presets: Path) -> None:
     config = load_config(Settings, "small", [], presets)
     assert config == Settings("embedded", seed=3, learning_rate=3e-4, sites=["mixer"], stage2=Stage(1.0, steps=9))
     assert type(config.stage2.alpha) is float
+
+
+def test_what_is_not_given_is_the_fields_own_default(presets: Path) -> None:
+    """Not that of its class, which is another."""
+    assert load_config(Settings, "base", ["stage4.steps=5"], presets).stage4 == Stage(0.7, "both", 5)
+    assert load_config(Settings, "base", ["stage4=null"], presets).stage4 is None
+    assert load_config(Settings, "base", ["stage3.steps=5"], presets).stage3 == Stage(steps=5)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +175,7 @@ def test_field_names_are_dotted() -> None:
     names = list(field_names(Settings))
     assert "stage3.taps" in names
     assert names[0] == "teacher"
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 21
 
 
 def test_command_line(presets: Path, capsys: pytest.CaptureFixture[str]) -> None:
