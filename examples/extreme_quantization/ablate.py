@@ -16,7 +16,6 @@ from settings import Config
 from train import Task
 
 from spikelm.ablation import Row, run_rows, write_tables
-from spikelm.energy import estimate_encoder
 from spikelm.evaluate_classification import rate_accuracy, spiking_accuracy
 from spikelm.experiment import finished_settings, weights_fingerprint
 from spikelm.models.spikingbert import SpikingBertForSequenceClassification, from_bert, with_weights
@@ -87,13 +86,10 @@ def train_row(task: Task, float_student: Any, row: Quantised, T: list[int]) -> d
     finally:
         task.config = config
     after = spiking_accuracy(student, task.held_out, T)
-    length = sum(len(sentence["input_ids"]) for sentence in task.held_out) / len(task.held_out)
     figures: dict[str, Any] = {"rate network": rate_accuracy(student, task.held_out, mode="rate")}
     figures |= {f"T = {steps}": result["accuracy"] for steps, result in after.items()}
     rates = after[max(T)]["firing_rates"]
-    figures["mean rate"] = sum(rates.values()) / len(rates)
-    energy = estimate_encoder(student.config, rates, max(T), length)
-    return figures | {f"energy over dense, T = {max(T)}": 1 / energy["benefit"]}
+    return figures | {"mean rate": sum(rates.values()) / len(rates)}
 
 
 def main() -> None:
