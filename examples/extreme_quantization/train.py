@@ -90,7 +90,7 @@ class Task:
     def float_student(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The student with float weights, from the teacher's own."""
         set_seed(self.config.seed)
-        student = from_bert(self.teacher, **self.config.student_config()).to(self.teacher.device)  # type: ignore[arg-type]
+        student = from_bert(self.teacher, **self.config.student_config()).train()
         return student, self.train(student, "float", self.config.float_stages)
 
     def quantised_student(self, float_student: Any, weights: str) -> tuple[PreTrainedModel, dict[str, Any]]:
