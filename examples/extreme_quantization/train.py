@@ -39,6 +39,7 @@ from spikelm.energy import estimate_encoder
 from spikelm.errors import SpikelmError
 from spikelm.evaluate_classification import rate_accuracy, spiking_accuracy
 from spikelm.experiment import say, teacher_seconds, trained_stage
+from spikelm.layers.equilibrium_if import by_layer
 from spikelm.models.spikingbert import SpikingBertForSequenceClassification, from_bert, with_weights
 from spikelm.presets import config_from_command_line, to_dict
 from spikelm.run import RunDirectory, command_line, keep_freed_memory, versions
@@ -90,7 +91,7 @@ class Task:
     def float_student(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The student with float weights, from the teacher's own."""
         set_seed(self.config.seed)
-        student = from_bert(self.teacher, **self.config.student_config()).train()
+        student = from_bert(self.teacher, **self.config.student_config())
         return student, self.train(student, "float", self.config.float_stages)
 
     def quantised_student(self, float_student: Any, weights: str) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -193,21 +194,18 @@ def draw(task: Task, metrics: dict[str, Any]) -> None:
         "teacher": 100 * metrics["teacher"]["accuracy"], "bag of words": 100 * metrics["baselines"]["bag_of_words"],
     })  # fmt: skip
     for name, student in students.items():
-        gaps = by_layer({T: after["rate_gaps"] for T, after in student["after"].items()})
+        gaps = layer_curves({T: after["rate_gaps"] for T, after in student["after"].items()})
         plot.against_steps(gaps, figures / f"gap-{name}.png", y_label="mean |asr - F|", logarithmic=True)
         rates = student["after"][max(student["after"])]["firing_rates"]
         sites = {population: {"firing_rate": rate} for population, rate in rates.items()}
         plot.firing_heatmap({"sites": sites}, figures / f"rates-{name}.png", rate="firing_rate")
 
 
-def by_layer(values: dict[int, dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
+def layer_curves(values: dict[int, dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
     """Means over the populations of a layer, a curve over T each."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for T, populations in values.items():
-        layers: dict[str, list[float]] = {}
-        for population, value in populations.items():
-            layers.setdefault(population.rpartition(".")[0] or "input", []).append(value)
-        for layer, found in layers.items():
+        for layer, found in by_layer(populations).items():
             curves.setdefault(layer, []).append((T, sum(found) / len(found)))
     return curves
 

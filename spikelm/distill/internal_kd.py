@@ -15,6 +15,7 @@ from spikelm.distill.objectives import refuse_several_processes
 from spikelm.distill.parameters import PROJECTIONS
 from spikelm.distill.taps import Taps
 from spikelm.errors import SpikelmError
+from spikelm.layers.equilibrium_if import by_layer
 
 TERMS = ("hidden", "attention", "soft", "hard")
 
@@ -123,10 +124,8 @@ class InternalKD:
 
 
 def _diagnostics(output: Any, like: Tensor) -> dict[str, Tensor]:
-    layers: dict[str, list[Tensor]] = {}
-    for population, gap in (getattr(output, "rate_gaps", None) or {}).items():
-        layers.setdefault(population.rpartition(".")[0] or "input", []).append(gap)
-    found = {f"rate_gap.{layer}": torch.stack(gaps).mean() for layer, gaps in layers.items()}
+    gaps_by_layer = by_layer(getattr(output, "rate_gaps", None) or {})
+    found = {f"rate_gap.{layer}": torch.stack(gaps).mean() for layer, gaps in gaps_by_layer.items()}
     if "forward" in (getattr(output, "solutions", None) or {}):
         found["residual"] = like.new_tensor(output.solutions["forward"].residual)
     return found

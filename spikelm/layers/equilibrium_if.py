@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 
 from spikelm.errors import SpikelmError
 from spikelm.neurons import BinaryIF
 from spikelm.ops.multistep import multi_step
+
+Value = TypeVar("Value")
 
 
 class EquilibriumIF(BinaryIF):
@@ -52,3 +57,11 @@ class EquilibriumIF(BinaryIF):
     def extra_repr(self) -> str:
         """The arguments that differ between instances."""
         return f"initial_membrane={self.initial_membrane:g}, {super().extra_repr()}"
+
+
+def by_layer(values: Mapping[str, Value]) -> dict[str, list[Value]]:
+    """Population -> value, gathered by the layer in the population's name; what is in no layer is "input"."""
+    layers: dict[str, list[Value]] = {}
+    for population, value in values.items():
+        layers.setdefault(population.rpartition(".")[0] or "input", []).append(value)
+    return layers

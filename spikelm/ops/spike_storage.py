@@ -93,9 +93,9 @@ def linear(
     def pack(tensor: torch.Tensor) -> Any:
         if tensor.data_ptr() != place or tensor.numel() != elements or tensor.dtype != spikes.dtype:
             return tensor
-        stored = spikes.__dict__.setdefault("_stored", None) or store(spikes, code)
-        spikes.__dict__["_stored"] = stored
-        return stored, tensor.shape
+        if "_stored" not in spikes.__dict__:
+            spikes.__dict__["_stored"] = store(spikes, code)
+        return spikes.__dict__["_stored"], tensor.shape
 
     def unpack(kept: Any) -> torch.Tensor:
         return restore(kept[0]).view(kept[1]) if isinstance(kept, tuple) else kept

@@ -240,11 +240,11 @@ class SpikingBertModel(SpikingBertPreTrainedModel):
         output, done, rates = torch.zeros_like(current), 0, {}
         for steps in sorted(set(T)):
             while done < steps:
-                count = min(at_once, steps - done)
+                now = min(at_once, steps - done)
                 entering = current if self.feedback is None else current + self.feedback(output)
-                output = self._layers(entering.expand(count, *current.shape), real, spikes)[-1][-1]
-                done += count
-            rates[steps] = {neuron: (spikes.counts[neuron] / steps).to(current.dtype) for neuron in self.populations()}
+                output = self._layers(entering.expand(now, *current.shape), real, spikes)[-1][-1]
+                done += now
+            rates[steps] = {neuron: (count / steps).to(current.dtype) for neuron, count in spikes.counts.items()}
         return rates
 
     def _input(
