@@ -13,11 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inference_tables
+import memory_tables
 import student_tables
 from student_tables import RESULTS, ROOT, machine, markdown, read
 
 IMAGES = ROOT / "docs" / "images"
-PAGES = ("mar.md", "spikingmamba.md", "bispikclm.md", "spikingbert.md", "weights.md", "digits.md", "benchmarks.md")
+PAGES = (
+    "mar.md",
+    "spikingmamba.md",
+    "bispikclm.md",
+    "spikingbert.md",
+    "weights.md",
+    "digits.md",
+    "benchmarks.md",
+    "kernels.md",
+    "inference.md",
+)
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES))
 # Results of benchmarks/compare.py: the device, and where it is to be run.
 COMPARISONS = {"cpu": ("cpu", "a quiet machine"), "h200": ("cuda", "a machine with an NVIDIA H200")}
@@ -263,6 +275,8 @@ def attention() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **student_tables.TABLES,
+    **memory_tables.TABLES,
+    **inference_tables.TABLES,
     "attention": attention,
     "neurons": neurons,
     "mar_profile": mar_profile,

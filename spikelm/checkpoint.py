@@ -1,7 +1,7 @@
 """Spiking models in transformers' own checkpoints: the recipe travels in the configuration.
 
 from_pretrained builds the dense architecture and hands it, before any weight is read, to the quantiser that the
-configuration names; ours puts the neurons in, and packs the weights if they are packed in the file. So a spiking model
+configuration names; ours puts the neurons in, and packs the weights that are packed in the file. So a spiking model
 needs no loader of its own.
 """
 
@@ -16,8 +16,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spikelm.convert import Recipe, spike_sites, spikify
-from spikelm.deploy import deploy
+from spikelm.convert import Recipe, remember, spike_sites, spikify
+from spikelm.deploy import deploy, store_as_deployed
 from spikelm.errors import SpikelmError
 from spikelm.layers.bit_linear import BitLinear, check_packed
 
@@ -63,8 +63,8 @@ class SpikingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         recipe = self.quantization_config.to_recipe()
         spikify(model, replace(recipe, deployed=None))
-        if self._reads_packed(recipe):
-            _deploy_as(model, **dict(recipe.deployed or {}))
+        if self.pre_quantized and recipe.deployed:
+            store_as_deployed(model, recipe)
         # Rounded to 16 bit, thresholds would give other spikes than the saved model's.
         keep: Any = model
         keep._keep_in_fp32_modules_strict = {*(keep._keep_in_fp32_modules_strict or ()), "neuron"}
@@ -72,21 +72,18 @@ class SpikingQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Thresholds that no file held are uninitialised memory: an error, or the start value over dense weights."""
         recipe = self.quantization_config.to_recipe()
-        if self._reads_packed(recipe):
-            check_loaded(model)
-            model.requires_grad_(False)  # the loader has made parameters anew
+        check_loaded(model)
         unset = {n: o for n, o in spike_sites(model).items() if not getattr(o.neuron.a, "_is_hf_initialized", False)}
         if unset and (self.pre_quantized or recipe.calibrated):
             raise SpikelmError(f"the checkpoint has no thresholds (neuron.a) for {', '.join(unset)}")
         for owner in unset.values():
             owner.neuron.v_threshold = recipe.neuron_arguments.get("v_threshold", 1.0)
-        if recipe.deployed and not self._reads_packed(recipe):
+        if recipe.deployed and self.pre_quantized and recipe.deployed["form"] == "packed":
+            remember(model, recipe)
+            model.eval().requires_grad_(False)  # the loader has made parameters anew
+        elif recipe.deployed:
             _deploy_as(model, **dict(recipe.deployed))
         return model
-
-    def _reads_packed(self, recipe: Recipe) -> bool:
-        """Whether the file holds packed weights, for which the layers must be packed before they are read."""
-        return self.pre_quantized and recipe.deployed is not None and recipe.deployed["form"] == "packed"
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -100,9 +97,11 @@ def check_loaded(model: nn.Module) -> None:
     check_packed(model)
 
 
-def _deploy_as(model: nn.Module, form: str | None, accumulate_dtype: str | None = None) -> None:
+def _deploy_as(
+    model: nn.Module, form: str | None, accumulate_dtype: str | None = None, head: str | None = None
+) -> None:
     """deploy(), from what the recipe of a deployed model says."""
     dtype = None if accumulate_dtype is None else getattr(torch, accumulate_dtype, None)
     if accumulate_dtype is not None and not isinstance(dtype, torch.dtype):
         raise SpikelmError(f"accumulate_dtype must name a dtype of torch; got {accumulate_dtype!r}")
-    deploy(model, str(form), dtype)
+    deploy(model, str(form), dtype, head=head)

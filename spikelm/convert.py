@@ -32,9 +32,9 @@ class Recipe:
         neuron_arguments: passed to the neuron; ``surrogate_function`` is the name of a SpikingJelly surrogate, or a
             mapping with "name" and its arguments.
         calibrated: set by :func:`spikelm.calibrate`: thresholds are chosen and folded into the weights.
-        deployed: set by :func:`spikelm.deploy`: its ``form`` and the name of its ``accumulate_dtype``.
-        weights: "float", "binary" or "ternary", of the projections behind neurons; see spikelm.layers.BitLinear.
-        per_row: a scale per output of binary or ternary weights instead of one per matrix.
+        deployed: set by :func:`spikelm.deploy`: its ``form``, ``head`` and the name of ``accumulate_dtype``.
+        weights: "float", "binary", "ternary" or "int8", of the projections behind neurons; see spikelm.layers.BitLinear
+        per_row: a scale per output of quantised weights instead of one per matrix.
     """
 
     sites: Mapping[str, Sequence[str]]
@@ -50,13 +50,13 @@ class Recipe:
             raise SpikelmError(f"neuron must be one of {', '.join(NEURONS)}; got {self.neuron!r}")
         if not self.sites or any(isinstance(patterns, str) or not patterns for patterns in self.sites.values()):
             raise SpikelmError("sites must map at least one site name to a non-empty list of module-name patterns")
-        if self.deployed is not None and not {"form"} <= set(self.deployed) <= {"form", "accumulate_dtype"}:
-            raise SpikelmError(f"deployed must name form and accumulate_dtype; got {dict(self.deployed)}")
+        if self.deployed is not None and not {"form"} <= set(self.deployed) <= {"form", "accumulate_dtype", "head"}:
+            raise SpikelmError(f"deployed must name form, accumulate_dtype and head; got {dict(self.deployed)}")
         if self.weights not in FORMS:
             raise SpikelmError(f"weights must be one of {', '.join(FORMS)}; got {self.weights!r}")
         if not isinstance(self.per_row, bool) or (self.per_row and self.weights == "float"):
             raise SpikelmError(
-                f"per_row must be a bool, and True only with binary or ternary weights; got {self.per_row!r} with "
+                f"per_row must be a bool, and True only with quantised weights; got {self.per_row!r} with "
                 f"{self.weights} weights"
             )
 

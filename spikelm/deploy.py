@@ -1,41 +1,53 @@
-"""Turns a model into the form it is meant to run in: no multiplication behind a neuron, or 1 to 2 bit a weight."""
+"""Turns a model into the form it is meant to run in: silent channels unread, no product, or few bits a weight."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spikelm.convert import recipe_of, remember
+from spikelm.convert import Recipe, recipe_of, remember
 from spikelm.errors import SpikelmError
 from spikelm.layers.bit_linear import BitLinear
+from spikelm.layers.gather_linear import GatherLinear
 from spikelm.layers.spiking_linear import SpikingLinear
 from spikelm.layers.ternary_linear import TernaryLinear, accumulation_type, check_neuron, check_weights
 from spikelm.neurons import TILIF
 
-FORMS = ("ternary", "packed")
+FORMS = ("gather", "ternary", "packed")
 
 
-def deploy(model: nn.Module, form: str = "ternary", accumulate_dtype: torch.dtype | None = None) -> nn.Module:
+def deploy(
+    model: nn.Module,
+    form: str = "gather",
+    accumulate_dtype: torch.dtype | None = None,
+    weights: str | None = None,
+    head: str | None = None,
+) -> nn.Module:
     """Gives, in place, projections their inference form; returns the model, in eval mode, not trainable.
 
     The model is saved and comes back in this form. What only training needs goes: gradients, and a TILIF's compensation
     (``sgc``).
 
     Args:
-        form: "ternary", every SpikingLinear of float weights becomes a :class:`~spikelm.layers.TernaryLinear`. The
-            state dict keeps its names, shapes and types, so that it takes the tensors of a training checkpoint.
+        form: "gather", the quick one: every SpikingLinear becomes a :class:`~spikelm.layers.GatherLinear`, which reads
+            the weights of active channels alone; binary and ternary ones are packed.
+            "ternary", every SpikingLinear of float weights becomes a :class:`~spikelm.layers.TernaryLinear`: additions
+            alone, exact. "gather" and "ternary" of float weights keep the state dict's names, shapes and types, so that
+            it takes the tensors of a training checkpoint.
             "packed", every BitLinear of binary or ternary weights, which SpikingLinear is too, keeps these alone, 1 or
             2 bit each; also in a model that was not made by spikify, whose configuration then gets packed = True if it
             has that field. The logits are bit for bit the same.
         accumulate_dtype: the type of the sums of "ternary"; see TernaryLinear.
+        weights: "int8" rounds float weights to 8 bit with a scale per output, of "gather" alone.
+        head: "int8" does so with the output embeddings, which are then tied to the input's no more; of "gather" alone.
 
     Raises:
         SpikelmError: another form, a model without such projections or deployed already, neurons or weights that
@@ -43,17 +55,39 @@ def deploy(model: nn.Module, form: str = "ternary", accumulate_dtype: torch.dtyp
     """
     if form not in FORMS:
         raise SpikelmError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
+    for name, value in {"weights": weights, "head": head}.items():
+        if value not in (None, "int8") or (value and form != "gather"):
+            raise SpikelmError(f'{name} must be None or, with form="gather", "int8"; got {value!r} with {form!r}')
+    if accumulate_dtype is not None and form != "ternary":
+        raise SpikelmError(f'accumulate_dtype is of form="ternary"; got {accumulate_dtype} with form={form!r}')
     if form == "packed":
-        _pack(model, accumulate_dtype)
-    else:
+        _pack(model)
+    elif form == "ternary":
         _accumulate(model, accumulate_dtype)
+    else:
+        _gather(model, weights, head)
     for neuron in (module for module in model.modules() if isinstance(module, TILIF)):
         neuron.sgc = None
     recipe = recipe_of(model)
     if recipe is not None:  # a model put together by hand has none
         accumulate = None if accumulate_dtype is None else str(accumulate_dtype).removeprefix("torch.")
-        remember(model, replace(recipe, deployed={"form": form, "accumulate_dtype": accumulate}))
+        quantised = replace(recipe, weights=weights, per_row=True) if weights else recipe
+        options = {"accumulate_dtype": accumulate, "head": head}
+        deployed = {"form": form} | {name: value for name, value in options.items() if value is not None}
+        remember(model, replace(quantised, deployed=deployed))
     return model.eval().requires_grad_(False)
+
+
+def store_as_deployed(model: nn.Module, recipe: Recipe) -> None:
+    """Gives a model made spiking by ``recipe``, whose tensors a loader is to fill, those that its deployed form saves.
+
+    After loading, deploy makes the rest of the form.
+    """
+    assert recipe.deployed is not None
+    if recipe.weights != "float" and recipe.deployed["form"] != "ternary":
+        _pack(model)
+    if recipe.deployed.get("head"):
+        _set_int8_head(model, _output_layer(model))
 
 
 def packed_storage(model: PreTrainedModel) -> dict[str, dict[str, int]]:
@@ -91,9 +125,7 @@ def _bit_linears(model: nn.Module) -> dict[str, BitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
 
 
-def _pack(model: nn.Module, accumulate_dtype: torch.dtype | None) -> None:
-    if accumulate_dtype is not None:
-        raise SpikelmError(f'accumulate_dtype is of form="ternary"; got {accumulate_dtype} with form="packed"')
+def _pack(model: nn.Module) -> None:
     layers = _bit_linears(model)
     for name, layer in layers.items():
         if layer.packed:
@@ -112,6 +144,67 @@ def _pack(model: nn.Module, accumulate_dtype: torch.dtype | None) -> None:
 
 
 def _accumulate(model: nn.Module, accumulate_dtype: torch.dtype | None) -> None:
+    def check(layer: SpikingLinear) -> None:
+        if layer.packed:
+            raise SpikelmError("the model is deployed already: its weights are packed")
+        check_weights(layer)
+        check_neuron(layer.neuron)
+        accumulation_type(layer.weight.dtype, accumulate_dtype)
+
+    _replace(model, check, lambda layer, owner: TernaryLinear.from_spiking(layer, accumulate_dtype, owner))
+
+
+def _gather(model: nn.Module, weights: str | None, head: str | None) -> None:
+    def check(layer: SpikingLinear) -> None:
+        if weights and layer.weights not in ("float", weights):
+            raise SpikelmError(f"weights={weights!r} takes float weights; these are {layer.weights}")
+
+    def gather(layer: SpikingLinear, owner: GatherLinear | None) -> GatherLinear:
+        if weights:
+            layer.weights, layer.per_row = weights, True
+        return GatherLinear.from_spiking(layer, owner)
+
+    output = _output_layer(model) if head else None
+    _replace(model, check, gather)
+    if output is not None:
+        _set_int8_head(model, output)
+
+
+def _output_layer(model: nn.Module) -> nn.Linear:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(output, BitLinear) and output.packed and output.weights == "int8":
+        return output
+    if type(output) is not nn.Linear:
+        raise SpikelmError(
+            f'head="int8" takes a model whose get_output_embeddings() is an nn.Linear; got {type(output).__name__}'
+        )
+    return output
+
+
+def _set_int8_head(model: Any, output: nn.Linear) -> None:
+    if isinstance(output, BitLinear):
+        return
+    model.set_output_embeddings(int8_layer(output))
+    model.config.tie_word_embeddings = False
+
+
+def int8_layer(linear: nn.Linear) -> BitLinear:
+    """A copy of a layer in 8 bit, with a scale per output; the layer stays as it is."""
+    layer = BitLinear(linear.in_features, linear.out_features, linear.bias is not None, "int8", True, device="meta")
+    layer.weight, layer.bias = linear.weight, linear.bias
+    layer.pack()
+    return layer
+
+
+AnyDeployed = TypeVar("AnyDeployed", TernaryLinear, GatherLinear)
+
+
+def _replace(
+    model: nn.Module,
+    check: Callable[[SpikingLinear], None],
+    make: Callable[[SpikingLinear, AnyDeployed | None], AnyDeployed],
+) -> None:
+    """Puts make(layer, owner of its bank, if another) in the place of every SpikingLinear, once all pass ``check``."""
     names: dict[SpikingLinear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SpikingLinear):
@@ -119,31 +212,28 @@ def _accumulate(model: nn.Module, accumulate_dtype: torch.dtype | None) -> None:
     if not names:
         raise SpikelmError("deploy takes a spiking model: spikify(model, recipe) makes one")
     for layer, (name, *_) in names.items():
-        _check(name, layer, accumulate_dtype)
+        _check(name, layer, check)
         if layer._shares_with and layer._shares_with[0] not in names:
             raise SpikelmError(
                 f"{name} shares the neurons of a projection outside of the model; deploy the whole model"
             )
-    owners: dict[nn.Module, TernaryLinear] = {}
+    owners: dict[nn.Module, AnyDeployed] = {}
     waiting = sorted(names, key=lambda layer: layer.owns_neuron)  # owners last, to be taken from the end
     while waiting:
         layer = waiting.pop()
         neuron, owner = layer.neuron, None if layer.owns_neuron else owners[layer.neuron]
-        ternary = TernaryLinear.from_spiking(layer, accumulate_dtype, owner)
-        owners.setdefault(neuron, ternary)
+        deployed = make(layer, owner)
+        owners.setdefault(neuron, deployed)
         for name in names.pop(layer):  # which frees the training form's weight before the next copy
-            model.set_submodule(name, ternary)
+            model.set_submodule(name, deployed)
 
 
-def _check(name: str, layer: SpikingLinear, accumulate_dtype: torch.dtype | None) -> None:
-    if isinstance(layer, TernaryLinear) or layer.packed:
-        state = "packed" if layer.packed else "a TernaryLinear"
-        raise SpikelmError(f"the model is deployed already: {name} is {state}")
+def _check(name: str, layer: SpikingLinear, check: Callable[[SpikingLinear], None]) -> None:
+    if isinstance(layer, TernaryLinear | GatherLinear):
+        raise SpikelmError(f"the model is deployed already: {name} is a {type(layer).__name__}")
     if not layer.spiking:
-        raise SpikelmError(f"{name} passes its input through (spiking is False), which a TernaryLinear cannot")
+        raise SpikelmError(f"{name} passes its input through (spiking is False): set it to True before deploy")
     try:
-        check_weights(layer)
-        check_neuron(layer.neuron)
-        accumulation_type(layer.weight.dtype, accumulate_dtype)
+        check(layer)
     except SpikelmError as error:
         raise SpikelmError(f"{name}: {error}") from error

@@ -2,13 +2,17 @@
 
 import math
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import snntorch
 import torch
 from spikingjelly.activation_based import surrogate
 
+from spikelm.cpu import module
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Dynamics
 from spikelm.ops.kernel import Kernel, kernel_of
@@ -96,6 +100,25 @@ def kernel_for(case: Case) -> Kernel:
     kernel = kernel_of(case.dynamics)
     assert isinstance(kernel, Kernel), kernel
     return kernel
+
+
+def build_together(
+    request: pytest.FixtureRequest, called: Callable[[dict[str, Any]], tuple[Dynamics, torch.dtype] | None]
+) -> None:
+    """Builds on every core the CPU kernels of the chosen tests of a module, which would build them one after the other.
+
+    ``called`` gives what a test with these parameters calls, if anything.
+    """
+    if module.unavailable() or NIGHTLY:  # every specialisation takes longer than a test may
+        return
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = {called(item.callspec.params) for item in items} - {None}
+    kernels = {(kernel_of(dynamic), dtype) for dynamic, dtype in asked}
+    sources = {
+        module.source(kernel.definitions, dtype, dtype) for kernel, dtype in kernels if isinstance(kernel, Kernel)
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(module.build, sorted(sources)))
 
 
 def is_exact(kernel: Kernel) -> bool:

@@ -72,7 +72,7 @@ def test_a_new_process_gives_the_same_greedy_tokens(
         "llamba": spiking_llamba(tau=0.5, frame_weight=0.5),
         "llama": spiking_llama(tiny_llama),
         "mamba2": spiking_mamba2(),
-        "deployed": deploy(spiking_mamba2(), accumulate_dtype=torch.float64),
+        "deployed": deploy(spiking_mamba2(), "ternary", torch.float64),
         "packed": deploy(spiking_llamba(weights="binary"), "packed"),
         "packed mamba2": deploy(spiking_mamba2(weights="ternary").to(torch.bfloat16), "packed"),
     }
@@ -127,7 +127,7 @@ def test_a_second_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_deployed_model_comes_back_deployed(tmp_path: Path) -> None:
-    model = deploy(spiking_mamba2(), accumulate_dtype=torch.float64)
+    model = deploy(spiking_mamba2(), "ternary", torch.float64)
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -141,8 +141,8 @@ def test_a_deployed_model_comes_back_deployed(tmp_path: Path) -> None:
         spikify(mamba2(), recipe_of(loaded))
     path = tmp_path / "config.json"
     for deployed, message in (
-        ({"form": "ternary", "colour": "red"}, "deployed must name form and accumulate_dtype; got .*colour"),
-        ({"form": "binary"}, "form must be one of ternary, packed; got 'binary'"),
+        ({"form": "ternary", "colour": "red"}, "deployed must name form, accumulate_dtype and head; got .*colour"),
+        ({"form": "binary"}, "form must be one of gather, ternary, packed; got 'binary'"),
         ({"form": "ternary", "accumulate_dtype": "save"}, "accumulate_dtype must name a dtype of torch; got 'save'"),
     ):
         config = json.loads(path.read_text())

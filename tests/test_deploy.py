@@ -16,7 +16,7 @@ from spikelm.deploy import FORMS, packed_storage, storage_line
 from spikelm.energy import OperationCounter
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import firing_statistics
-from spikelm.layers import BitLinear, SpikingLinear, TernaryLinear
+from spikelm.layers import BitLinear, GatherLinear, SpikingLinear, TernaryLinear
 from spikelm.neurons import ATMN, TILIF
 from tests.small_models import llamba, mamba2
 
@@ -26,6 +26,8 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Recipe]] = {
     "llamba-ATMN": (llamba, Recipe.preset("mar", T=4)),
     "llamba-TILIF": (llamba, Recipe.preset("mar", neuron="TILIF", D=4, sgc="gradient", learn_threshold=True)),
 }
+LAYERS = {"gather": GatherLinear, "ternary": TernaryLinear}
+each_form = pytest.mark.parametrize("form", LAYERS)
 IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -55,8 +57,8 @@ def test_it_computes_what_the_training_form_does(name: str) -> None:
     with torch.no_grad():
         expected = model(IDS).logits
     scale = expected.abs().max()
-    for accumulate_dtype in (None, torch.float64):
-        deployed = deploy(copy.deepcopy(model), accumulate_dtype=accumulate_dtype)
+    for form, accumulate_dtype in (("gather", None), ("ternary", None), ("ternary", torch.float64)):
+        deployed = deploy(copy.deepcopy(model), form, accumulate_dtype)
         logits = deployed(IDS).logits  # asks for no gradient, and needs no torch.no_grad
         assert logits.dtype == torch.float32
         assert (logits - expected).abs().max() < 1e-5 * scale
@@ -64,13 +66,16 @@ def test_it_computes_what_the_training_form_does(name: str) -> None:
     model = model.double()  # but transformers' Mamba2 keeps its scan in float32
     with torch.no_grad():
         expected = model(IDS).logits
-    assert (deploy(model)(IDS).logits - expected).abs().max() < (1e-5 if "mamba2" in name else 1e-13) * scale
+    for form in LAYERS:
+        logits = deploy(copy.deepcopy(model), form)(IDS).logits
+        assert (logits - expected).abs().max() < (1e-5 if "mamba2" in name else 1e-13) * scale
 
 
+@each_form
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_generation_is_the_same(name: str) -> None:
+def test_greedy_generation_is_the_same(name: str, form: str) -> None:
     model = calibrated(name)
-    deployed = deploy(copy.deepcopy(model))
+    deployed = deploy(copy.deepcopy(model), form)
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     text, expected = deployed.generate(IDS, **settings), model.generate(IDS, **settings)
     assert torch.equal(text, expected)
@@ -82,7 +87,7 @@ def test_greedy_generation_is_the_same(name: str) -> None:
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_no_multiplication_behind_a_neuron(name: str, context: Callable[[], object]) -> None:
     model = calibrated(name)
-    deployed = deploy(copy.deepcopy(model))
+    deployed = deploy(copy.deepcopy(model), "ternary")
     for tokens in ("prefill", "decode"):
         with context():
             cache = deployed(IDS, use_cache=True)
@@ -102,13 +107,14 @@ def test_no_multiplication_behind_a_neuron(name: str, context: Callable[[], obje
     assert counter.operators("multiplication", site, below=False) == {"aten::mm": 1}
 
 
-def test_every_projection_is_replaced_and_nothing_trains() -> None:
+@each_form
+def test_every_projection_is_replaced_and_nothing_trains(form: str) -> None:
     model = calibrated("llamba-TILIF").train()
     tensors = copy.deepcopy(model.state_dict())
     shapes = {name: layer.weight.shape for name, layer in model.named_modules() if isinstance(layer, SpikingLinear)}
-    deployed = deploy(model)
+    deployed = deploy(model, form)
     assert deployed is model
-    assert {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, TernaryLinear)} == shapes
+    assert {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, LAYERS[form])} == shapes
     assert not any(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     neurons = [module for module in model.modules() if isinstance(module, TILIF)]
@@ -120,58 +126,65 @@ def test_every_projection_is_replaced_and_nothing_trains() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 
-def test_it_takes_the_tensors_of_a_training_checkpoint() -> None:
+@each_form
+def test_it_takes_the_tensors_of_a_training_checkpoint(form: str) -> None:
     trained = calibrated("mamba2-TILIF")
-    deployed = deploy(spikify(mamba2(), MODELS["mamba2-TILIF"][1]))  # not calibrated
+    deployed = deploy(spikify(mamba2(), MODELS["mamba2-TILIF"][1]), form)  # not calibrated
     expected = trained(IDS).logits.detach()
     assert not torch.allclose(deployed(IDS).logits, expected, atol=1e-3)
     deployed.load_state_dict(trained.state_dict())
     torch.testing.assert_close(deployed(IDS).logits, expected)
 
 
+@each_form
 @pytest.mark.parametrize("name", ["mamba2-TILIF", "llamba-ATMN"])
-def test_an_empty_batch(name: str) -> None:
-    deployed = deploy(calibrated(name))
-    site = next(layer for layer in deployed.modules() if isinstance(layer, TernaryLinear))
+def test_an_empty_batch(name: str, form: str) -> None:
+    deployed = deploy(calibrated(name), form)
+    site = next(layer for layer in deployed.modules() if isinstance(layer, LAYERS[form]))
     assert site(torch.zeros(0, 12, 32)).shape == (0, 12, site.out_features)
 
 
-def test_a_silent_model_runs() -> None:
+@each_form
+def test_a_silent_model_runs(form: str) -> None:
     model = calibrated("mamba2-TILIF")
     for owner in spike_sites(model).values():
         owner.neuron.v_threshold = 1e6
     with torch.no_grad():
         expected = model(IDS).logits
-    torch.testing.assert_close(deploy(model)(IDS).logits, expected)
+    torch.testing.assert_close(deploy(model, form)(IDS).logits, expected)
 
 
-def test_firing_statistics_are_those_of_the_training_form() -> None:
+@each_form
+def test_firing_statistics_are_those_of_the_training_form(form: str) -> None:
     rows, model = [{"input_ids": row} for row in IDS.tolist()], calibrated("llamba-ATMN")
     expected = firing_statistics(model, rows)
-    assert firing_statistics(deploy(model), rows) == expected
+    assert firing_statistics(deploy(model, form), rows) == expected
 
 
-def test_a_projection_under_two_names_stays_one() -> None:
+@each_form
+def test_a_projection_under_two_names_stays_one(form: str) -> None:
     block = nn.Module()
     block.first = SpikingLinear.from_linear(nn.Linear(6, 6), ATMN(num_channels=6))
     block.second = block.first
-    deploy(block)
-    assert isinstance(block.first, TernaryLinear)
+    deploy(block, form)
+    assert isinstance(block.first, LAYERS[form])
     assert block.second is block.first
 
 
-def test_an_owner_that_comes_after_those_it_shares_with() -> None:
+@each_form
+def test_an_owner_that_comes_after_those_it_shares_with(form: str) -> None:
     recipe = Recipe({"mlp": ("*.mlp.up_proj", "*.mlp.gate_proj")})
     model = spikify(llamba(), recipe)
     assert model.backbone.layers[0].mlp.up_proj.owns_neuron
     with torch.no_grad():
         expected = model(IDS).logits
-    torch.testing.assert_close(deploy(model)(IDS).logits, expected)
+    torch.testing.assert_close(deploy(model, form)(IDS).logits, expected)
     assert model.backbone.layers[0].mlp.gate_proj.neuron is model.backbone.layers[0].mlp.up_proj.neuron
 
 
-def test_calibration_comes_before() -> None:
-    deployed = deploy(spikify(mamba2(), "spikingmamba"))
+@each_form
+def test_calibration_comes_before(form: str) -> None:
+    deployed = deploy(spikify(mamba2(), "spikingmamba"), form)
     expected = deployed(IDS).logits
     with pytest.raises(SpikelmError, match="this one is calibrated or deployed already"):
         calibrate(deployed, [{"input_ids": IDS}])
@@ -195,21 +208,32 @@ def test_what_it_refuses() -> None:
     refused(
         model,
         "layers.0.mixer.in_proj: accumulate_dtype must be None or .* got torch.int64",
+        form="ternary",
         accumulate_dtype=torch.int64,
     )
     refused(model.backbone.layers[0].mlp.up_proj, "shares the neurons of a projection outside of the model")
     binary = spikify(llamba(), Recipe.preset("mar", tau=0.5, frame_weight=0.5)).train()
     refused(
-        binary, "layers.0.mixer.in_proj: .* frame_weight 1; got 0.5, by which every frame would have to be multiplied"
+        binary,
+        "layers.0.mixer.in_proj: .* frame_weight 1; got 0.5, by which every frame would have to be multiplied",
+        form="ternary",
     )
     last = list(spike_sites(model).values())[-1]
     last.neuron.frame_weight = 0.5  # found before anything is replaced
-    refused(model, "layers.1.mlp.down_proj: .* frame_weight 1; got 0.5")
+    refused(model, "layers.1.mlp.down_proj: .* frame_weight 1; got 0.5", form="ternary")
     last.neuron.frame_weight = 1.0
     last.spiking = False
     refused(model, r"layers.1.mlp.down_proj passes its input through \(spiking is False\)")
     last.spiking = True
-    refused(deploy(model), "deployed already: backbone.layers.0.mixer.in_proj is a TernaryLinear")
+    refused(model, 'accumulate_dtype is of form="ternary"', accumulate_dtype=torch.float64)
+    refused(model, """weights must be None or, with form="gather", "int8"; got 'int4'""", weights="int4")
+    refused(
+        model,
+        """head must be None or, with form="gather", "int8"; got 'int8' with 'ternary'""",
+        form="ternary",
+        head="int8",
+    )
+    refused(deploy(model), "deployed already: backbone.layers.0.mixer.in_proj is a GatherLinear", form="ternary")
 
 
 def quantised(name: str, weights: str = "ternary", per_row: bool = False) -> PreTrainedModel:
@@ -235,7 +259,7 @@ def test_packed_weights_change_nothing(name: str, weights: str, per_row: bool) -
     layers = [module for module in packed.modules() if isinstance(module, SpikingLinear)]
     assert all(type(layer) is SpikingLinear and layer.packed for layer in layers)
     assert not any(parameter.requires_grad for parameter in packed.parameters())
-    assert recipe_of(packed).deployed == {"form": "packed", "accumulate_dtype": None}
+    assert recipe_of(packed).deployed == {"form": "packed"}
     assert torch.equal(packed(IDS).logits, expected)
     assert torch.equal(cached_logits(packed, 5), stepwise)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -264,12 +288,17 @@ def test_what_packing_refuses() -> None:
     refused(llamba().train(), none, form="packed")
     refused(spikify(llamba(), "mar").train(), none, form="packed")
     model = quantised("llamba-ATMN").train()
-    message = 'accumulate_dtype is of form="ternary"; got torch.float64 with form="packed"'
+    message = "accumulate_dtype is of form=\"ternary\"; got torch.float64 with form='packed'"
     refused(model, message, form="packed", accumulate_dtype=torch.float64)
-    refused(model, 'layers.0.mixer.in_proj: the ternary form takes float weights; got ternary ones, .* form="packed"')
+    refused(
+        model,
+        'layers.0.mixer.in_proj: the ternary form takes float weights; got ternary ones, .* form="packed"',
+        form="ternary",
+    )
+    refused(model, "in_proj: weights='int8' takes float weights; these are ternary", weights="int8")
     deploy(model, "packed")
-    for form in FORMS:
-        refused(model, "the model is deployed already: backbone.layers.0.mixer.in_proj is packed", form=form)
+    refused(model, "the model is deployed already: backbone.layers.0.mixer.in_proj is packed", form="packed")
+    refused(model, "in_proj: the model is deployed already: its weights are packed", form="ternary")
     with pytest.raises(SpikelmError, match="this one is calibrated or deployed already"):
         calibrate(model, [{"input_ids": IDS}])
 

@@ -16,7 +16,15 @@ from spikelm.data import train_tokenizer
 from tests.small_models import mamba2
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("neurons.md", "extending.md", "spikingmamba.md", "bispikclm.md", "spikingbert.md", "weights.md")
+PAGES = (
+    "neurons.md",
+    "extending.md",
+    "spikingmamba.md",
+    "bispikclm.md",
+    "spikingbert.md",
+    "weights.md",
+    "inference.md",
+)
 PROPERTIES = {
     "test_spikes_are_integers_within_range",
     "test_charge_is_conserved",
@@ -86,6 +94,15 @@ def test_packed_models_of_the_pages_are_saved(page: str, tmp_path: Path, monkeyp
     torch.manual_seed(0)
     run(block, page)
     assert (tmp_path / "packed" / "model.safetensors").exists()
+
+
+def test_the_inference_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("inference.md"):
+        torch.manual_seed(0)
+        names = run(block, "inference.md")
+    assert (tmp_path / "deployed" / "model.safetensors").exists()
+    torch.testing.assert_close(names["y"], names["spikes"] @ names["weights"].rows)
 
 
 def test_a_neuron_of_ones_own_passes_its_test() -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import spikelm
-from spikelm.distill import SpAD
+from spikelm.distill import Activity, SpAD
+from spikelm.distill.objectives import Objective
+from spikelm.errors import SpikelmError
 from spikelm.experiment import EmbeddedLlama, Optimisation, Settings
 
 STAGES = ("orientation", "alignment", "stage1", "student")
@@ -49,6 +51,25 @@ class Neuron:
 
 
 @dataclass(frozen=True)
+class Sparsity:
+    """How much the student may fire [ours]: the fields of spikelm.distill.Activity, no such term with target=null.
+
+    max_sum_of_rates: of any channel at calibration, where training starts; see spikelm.calibrate.
+    """
+
+    target: float | None = None
+    weight: float = 2.0
+    measure: Literal["union", "sum"] = "union"
+    max_sum_of_rates: float | None = None
+
+    def applied_to(self, objective: Objective) -> Objective:
+        """The objective with the activity term, or without one itself."""
+        if self.max_sum_of_rates is not None and self.max_sum_of_rates <= 0:
+            raise SpikelmError(f"sparsity.max_sum_of_rates must be > 0 or null, given {self.max_sum_of_rates}")
+        return objective if self.target is None else Activity(objective, self.target, self.weight, self.measure)
+
+
+@dataclass(frozen=True)
 class Spiking:
     """Stage 2. teacher: "stage1", the dense Llamba (the paper), or "llama", the model it came from [ours].
 
@@ -66,6 +87,7 @@ class Spiking:
     taps: Literal["pre", "post", "both"] = "pre"
     chunk_size: int = 4096
     calibration_contexts: int = 64
+    sparsity: Sparsity = Sparsity()
     optimisation: Optimisation = Optimisation()
 
     def recipe(self) -> spikelm.Recipe:

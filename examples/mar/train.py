@@ -5,6 +5,7 @@
 Presets are in examples/mar/presets; any field may follow as field=value (--help lists them). Without teacher= and
 data= a small Llama is trained on the documentation that Python carries. The same command resumes an interrupted run.
 objective=sbds, spad or kl is the loss of stage 2: MAR's, BiSpikCLM's, or the forward KL alone.
+spiking.sparsity.target=0.5 keeps the student's neurons below that rate (docs/mar.md).
 spiking.weights=ternary or binary quantises the student's projections (docs/weights.md).
 output_dir gets a checkpoint per stage (orientation, alignment, stage1, student), metrics.json and figures/.
 """
@@ -106,7 +107,8 @@ def stage2(experiment: Experiment, dense: PreTrainedModel, config: Config) -> Pr
     spiking = config.spiking
 
     def build() -> tuple[PreTrainedModel, dict[str, Any]]:
-        student = experiment.spiking_copy(dense, spiking.recipe(), spiking.calibration_contexts)
+        highest = spiking.sparsity.max_sum_of_rates
+        student = experiment.spiking_copy(dense, spiking.recipe(), spiking.calibration_contexts, highest)
         converted = experiment.evaluate(student)
         objective = spiking_objective(config)
         teacher = dense.requires_grad_(False) if spiking.teacher == "stage1" else experiment.teacher
@@ -117,7 +119,12 @@ def stage2(experiment: Experiment, dense: PreTrainedModel, config: Config) -> Pr
 
 
 def spiking_objective(config: Config) -> Objective:
-    """The loss of stage 2."""
+    """The loss of stage 2, with the activity term where the run has one."""
+    return config.spiking.sparsity.applied_to(quality_objective(config))
+
+
+def quality_objective(config: Config) -> Objective:
+    """What compares the student with its teacher."""
     spiking = config.spiking
     if config.objective == "kl":
         return LogitDistillation(chunk_size=spiking.chunk_size)

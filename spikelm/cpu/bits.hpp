@@ -15,6 +15,9 @@ INLINE uint32_t bits_of(WordLanes lanes) {
 #endif
 }
 
+// A bit for each of the first `count` lanes.
+INLINE uint32_t lanes_below(long count) { return (1u << count) - 1; }
+
 INLINE WordLanes population(WordLanes words) {
 #if defined(__AVX512VPOPCNTDQ__)
     return (WordLanes)_mm512_popcnt_epi32((__m512i)words);

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,14 @@ FUNCTIONS = {
     "tiles.cpp": ("forward", "forward_sum", "backward", "backward_sum"),
     "attention.cpp": ("attend",),
     "packing.cpp": ("pack_channels", "pack_tokens"),
+    "spike_linear.cpp": ("project",),
+    "llamba.cpp": ("step_block",),
 }
+# What sources include, in an order in which no file needs a later one.
+HEADERS = (
+    *("parallel.hpp", "lanes.hpp", "bits.hpp", "../cuda/steps.cuh", "../cuda/entries.cuh", "../cuda/projection.cuh"),
+    *("gather.hpp", "codes.hpp", "bank.hpp"),
+)
 STORAGE = {
     torch.float64: "double",
     torch.float32: "float",
@@ -34,7 +42,7 @@ STORAGE = {
 # No -ffast-math: NaN and the order of additions are part of the definition, and so is the lack of FMA.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
 
-Functions = dict[str, Callable[[bytes], int]]
+Functions = dict[str, Callable[[Any], int]]  # of bytes, or of a buffer that the function may change
 _Key = tuple[str, torch.dtype, torch.dtype, str]
 _LOADED: dict[_Key, Functions] = {}
 _FAILED: dict[_Key, str] = {}
@@ -84,8 +92,7 @@ def source(definitions: str, io: torch.dtype, spike: torch.dtype, file: str = "t
     """The text of one specialisation, its own headers included."""
     folder = Path(__file__).parent
     text = (folder / file).read_text()
-    for name in ("lanes.hpp", "bits.hpp", "../cuda/steps.cuh", "../cuda/entries.cuh"):
-        path = folder / name
+    for path in (folder / name for name in HEADERS):
         text = text.replace(f'#include "{path.name}"\n', path.read_text())
     return definitions + storage(io, spike) + text
 
@@ -106,7 +113,7 @@ def build(text: str) -> Path:
     if program is None:
         raise SpikelmError(f"backend 'cpu': {unavailable()}")
     command = [program, *FLAGS, f"-march={os.environ.get('SPIKELM_MARCH', 'native')}"]
-    key = hashlib.sha256("\0".join([text, *command, _version(program), _processor()]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([text, *command, _version(program), processor()]).encode()).hexdigest()[:32]
     folder = cache_directory() / "cpu"
     library = folder / f"{key}.so"
     if library.exists():
@@ -157,7 +164,7 @@ def _version(program: str) -> str:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """What -march=native stands for: kernels in a shared home must not reach another processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -21,8 +21,12 @@ from spikelm.cpu.module import cache_directory
 from spikelm.errors import SpikelmError, warn_once
 
 # The kernels of each source; it includes what else it needs of HEADERS.
-KERNELS = {"multistep.cuh": ("run", "prepare", "add_partials"), "attention.cuh": ("attend",)}
-HEADERS = ("scalars.cuh", "steps.cuh", "entries.cuh")
+KERNELS = {
+    "multistep.cuh": ("run", "prepare", "add_partials"),
+    "attention.cuh": ("attend",),
+    "spike_linear.cuh": ("find_active", "gather", "finish"),
+}
+HEADERS = ("scalars.cuh", "steps.cuh", "entries.cuh", "projection.cuh")
 # No contraction to FMA: the order of roundings is part of the definition.
 OPTIONS = ("-std=c++17", "--fmad=false")
 

@@ -2,6 +2,7 @@
 train`.
 """
 
+from spikelm.distill.activity import Activity
 from spikelm.distill.internal_kd import InternalKD
 from spikelm.distill.objectives import SBDS, HiddenAlignment, HiddenMatch, LogitDistillation, MatrixOrientation
 from spikelm.distill.spad import SpAD
@@ -9,6 +10,7 @@ from spikelm.distill.taps import Taps
 
 __all__ = [
     "SBDS",
+    "Activity",
     "HiddenAlignment",
     "HiddenMatch",
     "InternalKD",

@@ -1,4 +1,4 @@
-"""A projection whose matrix has 1 or 1.58 bit a weight."""
+"""A projection whose matrix has 1, 1.58 or 8 bit a weight."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from spikelm.errors import SpikelmError
+from spikelm.ops.spike_linear import SpikeWeights, dense_linear
 from spikelm.ops.weight_quantization import FORMS, dequantize, is_whole, pack_codes, quantize, unpack_codes
 
 
 class BitLinear(nn.Linear):
-    """y = scale codes x + b, the codes in {-1, 1} (binary) or {-1, 0, 1} (ternary) of float masters (BitNet).
+    """y = scale codes x + b, the codes in {-1, 1} (binary) or {-1, 0, 1} (ternary) of float masters (BitNet), or int8.
 
     The masters are the parameter ``weight``; the gradient passes the quantiser as it is (straight-through).
-    :meth:`pack` leaves the codes alone, 1 or 2 bit each, and the scale: the form for inference.
+    :meth:`pack` leaves the codes alone, 1, 2 or 8 bit each, and the scale: the form for inference.
 
     Args:
-        weights: "binary" or "ternary", see :func:`spikelm.ops.weight_quantization.quantize`, or "float": nn.Linear.
+        weights: "binary", "ternary" or "int8", see :func:`spikelm.ops.weight_quantization.quantize`, or "float":
+            nn.Linear.
         per_row: a scale (and a binary mean) per output instead of one of the matrix [ours]; nothing for "float".
 
     Attributes:
-        packed_weight: uint8 [in_features, bytes] of a packed layer, laid out as
+        packed_weight: uint8 [in_features, bytes] (int8 [in_features, out_features]) of a packed layer, laid out as
             :func:`spikelm.ops.weight_quantization.pack_codes` says.
         weight_scale: float32 (float64 of float64 masters), [] or [out_features], of a packed layer; no change of the
             layer's dtype rounds it.
@@ -69,7 +71,16 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [*, in_features] -> [*, out_features]."""
+        if self.packed and self.weights == "int8":
+            return dense_linear(x, self.spike_weights())
         return F.linear(x, self.effective_weight(), self.bias)
+
+    def spike_weights(self) -> SpikeWeights:
+        """A packed layer's weights as a kernel reads them: views of its own."""
+        bias = None if self.bias is None else self.bias.detach()
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.float()
+        out = None if self.weights == "int8" else self.out_features
+        return SpikeWeights(self.packed_weight, self.weights, out, self.weight_scale, bias)
 
     def unscaled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes x + b / g [*, out_features], g [] or [out_features]): the forward's current in units of the scale g.

@@ -10,6 +10,7 @@ import torch
 from spikelm.neurons.base import DynamicsNode, check_count, check_positive
 from spikelm.ops import multistep
 from spikelm.ops.dynamics import Dynamics, Fire, Inject
+from spikelm.ops.spike_linear import Encoder
 from spikelm.ops.spike_storage import SpikeCode
 
 
@@ -121,6 +122,27 @@ class ATMN(DynamicsNode):
         return multistep.encode_sum(
             x, threshold, dynamics, self.T, self.frame_weight, spike_dtype=spike_dtype, backend=self.backend
         )
+
+    def encoder(self, x: torch.Tensor) -> Encoder:
+        """What :meth:`encode_sum` computes of an input like x, for a kernel that writes no sums."""
+        threshold, dynamics, code = self._threshold(x, x.dim()).detach(), self._current_dynamics(), self.spike_code
+        unit = None if code is None or code.bits is None else code.unit
+        return Encoder(threshold, dynamics, self.T, self.frame_weight, unit)
+
+    def fires(self, x: torch.Tensor) -> torch.Tensor:
+        """1 where any of the T frames of x [*] has a spike, else 0, up to rounding: shape and dtype of x.
+
+        The gradient, also of a silent element, is the surrogate's at the smallest \\|x\\| that fires [ours].
+        """
+        self._check_input(x, x.shape)
+        # An input below V at the first step reaches it only where the membrane grows: h_t = x / tau^t.
+        lowest = self._threshold(x, x.dim()) * min(1.0, self.tau ** (self.T - 1))
+        spikes = multistep.encode_sum(x, lowest, self._current_dynamics(), 1, 1.0, backend=self.backend)
+        return spikes if self.fire == "binary" else spikes * x.detach().sign()
+
+    def spike_count(self, x: torch.Tensor) -> torch.Tensor:
+        """sum_t |s_t| of x [*], 0..T: shape and dtype of x. No gradient through frames that are silent."""
+        return self.encode(x).abs().sum(0)
 
     def extra_repr(self) -> str:
         """The arguments that differ between instances."""

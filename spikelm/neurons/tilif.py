@@ -11,6 +11,7 @@ from spikelm.errors import SpikelmError
 from spikelm.neurons.base import DynamicsNode, check_beta, check_count
 from spikelm.ops import multistep, reference
 from spikelm.ops.dynamics import Compensation, Dynamics
+from spikelm.ops.spike_linear import LARGEST, Encoder
 from spikelm.ops.spike_storage import SpikeCode
 
 
@@ -106,11 +107,29 @@ class TILIF(DynamicsNode):
         self._check_input(x, x.shape)
         return self._one_step(x, self._current_dynamics(), spike_dtype)
 
+    def encoder(self, x: torch.Tensor) -> Encoder:
+        """What :meth:`encode_sum` computes of an input like x, for a kernel that writes no spikes."""
+        unit = 1.0 if self.D <= LARGEST else None
+        return Encoder(self._threshold(x, x.dim()).detach(), self._current_dynamics(), unit=unit)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The D ternary frames whose sum is ``encode_sum(x)``: [D, *x.shape] in x's dtype, without gradient."""
         self._check_input(x, x.shape)
         wide = x.detach().to(reference.state_dtype(x.dtype))  # 16 bits do not hold every integer
         return self._frames(self._one_step(wide, Dynamics(fire="integer", levels=self.D), None).detach()).to(x.dtype)
+
+    def fires(self, x: torch.Tensor) -> torch.Tensor:
+        """1 where x [*] has a spike, else 0: shape and dtype of x.
+
+        The gradient is that of a single level, also of a silent element: ``alpha / V`` within \\|x\\| <= V [ours].
+        """
+        self._check_input(x, x.shape)
+        one_level = Dynamics(fire="integer", levels=1, alpha=self.alpha)
+        return self._one_step(x, one_level, None) * x.detach().sign()
+
+    def spike_count(self, x: torch.Tensor) -> torch.Tensor:
+        """\\|s\\| of x [*], 0..D: shape and dtype of x; with sgc "blend" of what it blends."""
+        return self.encode_sum(x).abs()
 
     def _one_step(self, x: torch.Tensor, dynamics: Dynamics, spike_dtype: torch.dtype | None) -> torch.Tensor:
         threshold = self._threshold(x, x.dim())

@@ -39,6 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
+def default_backend() -> str:
+    """What "auto" stands for here: itself, or what :func:`use_backend` says."""
+    return _default
+
+
 def check_backend(name: str) -> None:
     """Raises SpikelmError unless ``name`` is one of BACKENDS."""
     if name not in BACKENDS:

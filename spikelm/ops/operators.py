@@ -46,7 +46,7 @@ def multi_step(
     keep_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Spikes and the last membrane; see :func:`spikelm.cpu.launch.forward`."""
-    if not _is_plain(x, v, threshold):
+    if not is_plain(x, v, threshold):
         _refuse_tangents(x, v, threshold)
         operator = _MultiStepTransformed.apply if _is_transformed() else _multi_step_op
         spikes, v_last = operator(x, v, threshold, *kernel, T, spike_dtype, start, started, keep_state)
@@ -67,7 +67,7 @@ def encode_sum(
     sum_scale: float,
 ) -> torch.Tensor:
     """The weighted sum of T frames; see :func:`spikelm.cpu.launch.forward_sum`."""
-    if not _is_plain(x, None, threshold):
+    if not is_plain(x, None, threshold):
         _refuse_tangents(x, threshold)
         operator = _EncodeSumTransformed.apply if _is_transformed() else _encode_sum_op
         return operator(x, threshold, *kernel, T, spike_dtype, frame_weight, sum_scale)
@@ -92,7 +92,7 @@ def _needs_gradient(x: torch.Tensor, v: torch.Tensor | None, threshold: torch.Te
     return needed and torch.is_grad_enabled()
 
 
-def _is_plain(x: torch.Tensor, v: torch.Tensor | None, threshold: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor, v: torch.Tensor | None, threshold: torch.Tensor) -> bool:
     """Whether nothing looks at the call on its way: no compiler, tracer, transform, mode or tensor subclass."""
     return not (
         torch.compiler.is_compiling()
@@ -165,7 +165,7 @@ class _EncodeSum(torch.autograd.Function):
 # A second derivative is refused where a graph is asked for; the decorator alone costs as much as a small kernel.
 _multi_step_once = once_differentiable(_MultiStep.backward)
 _encode_sum_once = once_differentiable(_EncodeSum.backward)
-# Function.apply looks for functorch's transforms, which _is_plain has done.
+# Function.apply looks for functorch's transforms, which is_plain has done.
 _apply_multi_step = super(torch.autograd.Function, _MultiStep).apply
 _apply_encode_sum = super(torch.autograd.Function, _EncodeSum).apply
 

@@ -88,14 +88,12 @@ def linear(
     if not _worth_it(spikes, weight, code):
         return F.linear(spikes, weight, bias)
     assert code is not None
-    place, elements = spikes.data_ptr(), spikes.numel()
+    stored, place, elements, dtype = _shared_store(spikes, code), spikes.data_ptr(), spikes.numel(), spikes.dtype
 
+    # Autograd keeps pack as long as the graph: it must not refer to the spikes, or they stay beside their bits.
     def pack(tensor: torch.Tensor) -> Any:
-        if tensor.data_ptr() != place or tensor.numel() != elements or tensor.dtype != spikes.dtype:
-            return tensor
-        if "_stored" not in spikes.__dict__:
-            spikes.__dict__["_stored"] = store(spikes, code)
-        return spikes.__dict__["_stored"], tensor.shape
+        is_spikes = tensor.data_ptr() == place and tensor.numel() == elements and tensor.dtype == dtype
+        return (stored, tensor.shape) if is_spikes else tensor
 
     def unpack(kept: Any) -> torch.Tensor:
         return restore(kept[0]).view(kept[1]) if isinstance(kept, tuple) else kept
@@ -110,6 +108,14 @@ def _shared_cast(spikes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if cast is None or cast.dtype != dtype or cast.requires_grad != spikes.requires_grad:
         cast = spikes.__dict__["_cast"] = spikes.to(dtype)
     return cast
+
+
+def _shared_store(spikes: torch.Tensor, code: SpikeCode) -> StoredSpikes:
+    """The spikes as bits; once for all projections that get them."""
+    if "_stored" not in spikes.__dict__:
+        spikes.__dict__["_stored"] = store(spikes, code)
+    stored: StoredSpikes = spikes.__dict__["_stored"]
+    return stored
 
 
 def _worth_it(spikes: torch.Tensor, weight: torch.Tensor, code: SpikeCode | None) -> bool:

@@ -23,6 +23,7 @@ def load_tables(repository: Path, monkeypatch: pytest.MonkeyPatch):
         ("docs/digits.md", "digits"),
         ("docs/benchmarks.md", "cpu"),
         ("docs/benchmarks.md", "h200"),
+        ("docs/kernels.md", "training_memory"),
     ],
 )
 def test_the_tables_are_those_of_the_results(

@@ -12,7 +12,18 @@ import torch
 from spikelm.cpu import launch, module
 from spikelm.ops import reference
 from spikelm.ops.dynamics import Dynamics
-from tests.kernel_cases import LAYOUTS, NIGHTLY, SURROGATES, Case, draw, dynamics, kernel_for, numbers, transcribe
+from tests.kernel_cases import (
+    LAYOUTS,
+    NIGHTLY,
+    SURROGATES,
+    Case,
+    build_together,
+    draw,
+    dynamics,
+    kernel_for,
+    numbers,
+    transcribe,
+)
 from tests.kernel_checks import changed, check_sequence, check_sum, equal
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -56,6 +67,12 @@ def product() -> Iterator[tuple[Dynamics, torch.dtype]]:
             yield dynamics(fire, reset, name, first=first, detach=detach), dtype
         if fire == "integer":
             yield dynamics(fire, reset, first=first, detach=detach, sgc="gradient", sgc_weight=0.3), F32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(request: pytest.FixtureRequest) -> None:
+    """The kernels of the chosen tests, but for those of test_vectors."""
+    build_together(request, lambda one: None if "target" in one else (one["dynamic"], one["dtype"]))
 
 
 # (T, frame, threshold): around the sizes of vectors and tiles, h on the heap from T = 129; one threshold, one a

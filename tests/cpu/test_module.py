@@ -130,7 +130,7 @@ def test_what_makes_another_library(
         libraries.append(module.build(quick()))
         patched.undo()
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_processor", lambda: "another")
+        patched.setattr(module, "processor", lambda: "another")
         libraries.append(module.build(quick()))
     for name, version in (("one", "1"), ("one", "2"), ("two", "2")):
         use_compiler(fake(name, version))

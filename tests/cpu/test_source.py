@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikelm.cpu import attention, launch, module
+from spikelm.cpu import attention, launch, module, spike_linear
 from spikelm.ops.dynamics import Dynamics
 from tests.kernel_cases import NIGHTLY, Case, dynamics, kernel_for
 from tests.kernel_checks import changed, check_sequence, check_sum
@@ -169,5 +169,36 @@ def test_bits_outside_a_tensor_are_not_touched(file: str, old: str, new: str, tm
     text = module.source(kernel if file == "attention.cpp" else "", F32, F32, file)
     calls = file.replace(".cpp", "_sizes.cpp")
     done = sanitized(changed(text, old, new) if old else text, tmp_path, calls)
+    assert (done.returncode != 0) == bool(old), done.stderr[:2000]
+    assert ("ERROR: AddressSanitizer" in done.stderr) == bool(old)
+
+
+# Projections of spikes: (form, weights, input, what reads so, what it becomes).
+PROJECTIONS = {
+    "numbers": ("float", BF16, F32, "", ""),
+    "codes": ("ternary", torch.uint8, BF16, "", ""),
+    "outputs": (
+        "binary", torch.uint8, F32, "scale, bias, call), count);", "scale, bias, call), All{});",
+    ),
+} | (
+    {
+        "bytes": ("int8", torch.int8, BF16, "", ""),
+        "bits": ("binary", torch.uint8, F32, "", ""),
+        "rows": ("float", F32, F32, "weights_at(row[r] + j, count)", "weights_at(row[r] + j, All{})"),
+        "registers": ("ternary", torch.uint8, F32, "from + width <= to", "from < to"),
+        "thresholds": ("int8", torch.int8, F32, "threshold + first, some)", "threshold + first, All{})"),
+    }
+    if NIGHTLY
+    else {}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "weights", "io", "old", "new"), PROJECTIONS.values(), ids=PROJECTIONS)
+def test_nothing_outside_of_a_projection_is_touched(
+    form: str, weights: torch.dtype, io: torch.dtype, old: str, new: str, tmp_path: Path
+) -> None:
+    kernel = spike_linear.definitions(kernel_for(INTEGER).definitions, True, weights, form)
+    text = module.source(kernel, io, io, "spike_linear.cpp")
+    done = sanitized(changed(text, old, new) if old else text, tmp_path, "spike_linear_sizes.cpp")
     assert (done.returncode != 0) == bool(old), done.stderr[:2000]
     assert ("ERROR: AddressSanitizer" in done.stderr) == bool(old)

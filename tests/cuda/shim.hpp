@@ -1,4 +1,4 @@
-// The words of CUDA for a host compiler: SOURCE, cuda/multistep.cuh or cuda/attention.cuh, runs thread by thread on the
+// The words of CUDA for a host compiler: SOURCE, one of those in cuda/module.py's KERNELS, runs thread by thread on the
 // CPU, in an order of choice.
 //
 // A kernel with barriers has a fiber for every thread of a block, which stops at every barrier, shuffle and vote until
@@ -150,6 +150,11 @@ struct Body {
 
 #ifdef CHANNELS  // attention.cuh
 static const Body bodies[] = {{[](const Call& c) { attend(c); }, 32}};
+#elif defined CODE_BITS  // spike_linear.cuh
+static const Body bodies[] = {
+    {[](const Call& c) { find_active(c); }, shim::most_threads},
+    {[](const Call& c) { gather(c); }, shim::most_threads},
+    {[](const Call& c) { finish(c); }, 0}};
 #else
 static const Body bodies[] = {
     {[](const Call& c) { run(c); }, 0},
@@ -178,7 +183,7 @@ extern "C" void launch(const Call* call, int kernel, unsigned blocks, unsigned t
     }
 }
 
-#ifndef CHANNELS
+#if !defined CHANNELS && !defined CODE_BITS
 // For the test of index arithmetic, which allocates nothing: where element i of x lies, and its threshold.
 extern "C" long long element_of(unsigned block, unsigned thread) {
     blockIdx.x = block, threadIdx.x = thread, blockDim.x = 128;

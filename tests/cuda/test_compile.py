@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikelm.cpu import attention
+from spikelm.cpu import attention, spike_linear
 from spikelm.cpu.module import storage
 from spikelm.cuda import launch, module
 from spikelm.ops.kernel import Kernel
@@ -117,6 +117,43 @@ def test_attention_compiles_without_spilling(
     text = attention.definitions(kernel, T, channels) + storage(torch.float32, torch.bfloat16)
     log = compile_for(text, architecture, tmp_path / "kernel.cubin", "attention.cuh")
     assert spilled(log, "attention.cuh") == []
+
+
+WEIGHTS = {  # (form, stored as, what a thread loads at once, tokens)
+    "float32": ("float", torch.float32, 16, 4),
+    "bfloat16": ("float", torch.bfloat16, 16, 1),
+    "int8": ("int8", torch.int8, 16, 4),  # most sums
+    "binary": ("binary", torch.uint8, 4, 2),
+    "ternary": ("ternary", torch.uint8, 4, 4),
+}
+
+
+def projection(form: str, stored: torch.dtype, loaded: int, tokens: int) -> str:
+    """What cuda/spike_linear.py has built behind neurons in bfloat16."""
+    kernel = kernel_for(Case(dynamics("ternary", "soft", first=True))).definitions
+    text = spike_linear.definitions(kernel, True, stored, form) + storage(torch.bfloat16, torch.bfloat16)
+    return f"{text}#define TOKENS {tokens}\n#define BYTES {loaded}\n"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_projections_compile_without_spilling(
+    weights: tuple[str, torch.dtype, int, int], architecture: str, compile_for: Compile, tmp_path: Path
+) -> None:
+    """With registers to spare for two blocks of 256 threads on a multiprocessor, which has 64 k of them."""
+    log = compile_for(projection(*weights), architecture, tmp_path / "kernel.cubin", "spike_linear.cuh")
+    assert spilled(log, "spike_linear.cuh") == []
+    registers = [int(used) for used in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == len(module.KERNELS["spike_linear.cuh"])
+    assert max(registers) <= 128, registers
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_rows_are_loaded_ahead_and_in_128_bits(weights: str, tmp_path: Path) -> None:
+    code = _ptx(projection(*WEIGHTS[weights]), tmp_path, "spike_linear.cuh")
+    before_a_sum = code.split(".entry gather")[1].split("fma.rn.f32")[0]
+    assert len(re.findall(r"ld\.global\.(v4\.\w32|v2\.\w64)", before_a_sum)) >= 4
 
 
 def test_a_spill_is_found(compile_for: Compile, tmp_path: Path) -> None:

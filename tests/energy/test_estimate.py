@@ -72,7 +72,7 @@ def test_the_rates_behind_the_published_benefit(mamba2_1_3b: Mamba2ForCausalLM) 
 def test_accumulations_are_those_that_run(name: str) -> None:
     model = spikify(mamba2(), "spikingmamba") if name == "mamba2" else spikify(llamba(), "mar")
     calibrate(model, [{"input_ids": IDS}])
-    deployed = deploy(copy.deepcopy(model))
+    deployed = deploy(copy.deepcopy(model), "ternary")
     result = estimate(deployed, firing_statistics(deployed, ROWS))
     with torch.no_grad(), OperationCounter(deployed) as counter:
         deployed(IDS, use_cache=False)

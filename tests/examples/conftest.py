@@ -69,7 +69,7 @@ MINIMAL_EXTREME_QUANTIZATION = {
     "float_stages.prediction.learning_rate": 5e-3,
     "float_stages.spiking.steps": 5,
     "quantised_stages.internal.steps": 5,
-    "quantised_stages.prediction.steps": 50,
+    "quantised_stages.prediction.steps": 25,
     "quantised_stages.prediction.learning_rate": 5e-3,
     "quantised_stages.spiking.steps": 5,
 }

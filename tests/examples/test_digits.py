@@ -154,7 +154,7 @@ def test_binary_if_reaches_the_baseline_within_a_point(network: str, load_exampl
     script = load_example(f"digits/{network}.py")
     mean = {
         neuron: statistics.fmean(
-            script.run(script.Config(str(tmp_path / f"{neuron}{seed}"), steps=300, seed=seed, neuron=neuron))[
+            script.run(script.Config(str(tmp_path / f"{neuron}{seed}"), steps=150, seed=seed, neuron=neuron))[
                 "test_accuracy"
             ]
             for seed in (0, 1)

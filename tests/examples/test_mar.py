@@ -215,6 +215,24 @@ def test_a_ternary_student_beside_its_packed_size(
     assert f"matrices {trained['matrices']:,} -> {packed['matrices']:,}" in capfd.readouterr().out
 
 
+def test_a_student_below_a_rate(
+    mar: Any, from_stage1: dict[str, Any], finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from spikelm.distill.callbacks import read_metrics
+
+    wanted = {"spiking.sparsity.target": 0.3, "spiking.sparsity.weight": 1.5, "spiking.sparsity.max_sum_of_rates": 0.4}
+    assert mar.run(tmp_path / "run", from_stage1 | wanted) == 0
+    (line,) = read_metrics(tmp_path / "run" / "training" / "student" / "log.jsonl")
+    assert line["loss"] == pytest.approx(line["objective"] + 1.5 * line["activity"], rel=1e-4)
+    assert line["activity"] == pytest.approx(max(0.0, line["rate"] - 0.3), abs=0.02)  # the mean over steps of a hinge
+    sums = [metrics_of(run)["firing"]["sum_of_rates"] for run in (tmp_path / "run", finished)]
+    assert sums[0] < 0.6 * sums[1]
+    for name, message in (("target", "target must be a rate > 0 and <= 1"), ("max_sum_of_rates", "max_sum_of_rates")):
+        assert mar.run(tmp_path / "none", from_stage1 | wanted | {f"spiking.sparsity.{name}": -1}) == 2
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_float_student_says_nothing_of_packing(finished: Path) -> None:
     assert "storage" not in metrics_of(finished)
 
@@ -353,6 +371,64 @@ def test_forms_of_weights_are_compared(mar: Any, finished: Path, tmp_path: Path)
     assert [row["row"]["weights"] for row in rows] == ["float", "ternary", "ternary", "binary"]
     assert len({row["ce"] for row in rows}) == 4
     assert min(row["kl_to_stage1"] for row in rows) == rows[0]["kl_to_stage1"]
+
+
+@pytest.fixture(scope="module")
+def pareto(mar: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished pareto.py of a few steps a row, and its command line."""
+    output_dir = tmp_path_factory.mktemp("pareto") / "out"
+    fields = {"optimisation.steps": 4, "optimisation.batch_size": 4, "evaluation_contexts": 4}
+    arguments = [f"run={finished}", f"output_dir={output_dir}", *(f"{name}={value}" for name, value in fields.items())]
+    arguments = ["--preset", "smoke", *arguments]
+    assert mar.call("pareto.py", arguments) == 0
+    return output_dir, arguments
+
+
+def test_pareto_trades_quality_for_rate(pareto: tuple[Path, list[str]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from spikelm.convert import recipe_of
+
+    output_dir, _ = pareto
+    results = json.loads((output_dir / "ablation.json").read_text())
+    rows = results["Quality against rate"]
+    assert [(row["row"]["T"], row["row"]["target"]) for row in rows] == [(4, None), (4, 0.3), (2, None), (2, 0.3)]
+    for free, held in (rows[:2], rows[2:]):
+        assert held["read_rate"] < 0.8 * free["read_rate"] and held["sum_of_rates"] < free["sum_of_rates"]
+        assert held["ce"] > free["ce"]
+    for row in rows:
+        assert min(row["union_by_site"].values()) <= row["read_rate"] <= max(row["union_by_site"].values())
+    students = [AutoModelForCausalLM.from_pretrained(path) for path in sorted((output_dir / "students").iterdir())]
+    assert sorted(recipe_of(student).neuron_arguments["T"] for student in students) == [2, 2, 4, 4]
+    assert (output_dir / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokens_per_second" not in (output_dir / "table.md").read_text()
+
+
+def test_pareto_times_the_students_that_are_there(
+    mar: Any, pareto: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import spikelm
+    from spikelm import evaluate_decoding
+
+    output_dir, arguments = pareto
+    before = {name: state for name, state in files(output_dir).items() if name.startswith(("row-", "students/"))}
+    timed: list[tuple[bool, int]] = []
+
+    def tokens_per_second(model: Any, prompt_ids: torch.Tensor, new_tokens: int) -> float:
+        timed.append((getattr(model, "_spiking_recipe", None) is not None, new_tokens))
+        return 99.0 + len(timed)
+
+    forms: list[str] = []
+    monkeypatch.setattr(evaluate_decoding, "tokens_per_second", tokens_per_second)
+    monkeypatch.setattr(spikelm, "deploy", lambda model, form: forms.append(form) or model)
+    assert mar.call("pareto.py", [*arguments, "stages=[measure]", "new_tokens=16"]) == 0
+    assert timed == [(False, 16), *[(True, 16)] * 4] and forms == ["gather"] * 4
+    results = json.loads((output_dir / "ablation.json").read_text())
+    assert results["reference"]["stage1"]["tokens_per_second"] == 100
+    assert [row["tokens_per_second"] for row in results["Quality against rate"]] == [101, 102, 103, 104]
+    assert "| tokens_per_second |" in (output_dir / "table.md").read_text()
+    after = files(output_dir)
+    assert {name: after[name] for name in before} == before
 
 
 def test_ablation_of_something_that_is_no_run_is_one_line(

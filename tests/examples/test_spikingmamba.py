@@ -129,7 +129,7 @@ def test_it_starts_from_stage_1_of_mar(spikingmamba: Any, finished: Path, tmp_pa
         ("distillation.optimisation.steps=0", "distillation.optimisation: steps must be a whole number >= 1"),
         ("neuron.sgc=both", "neuron.sgc"),
         ("weights=int8", "weights"),
-        ("per_row=true", "per_row must be a bool, and True only with binary or ternary weights; got True with float"),
+        ("per_row=true", "per_row must be a bool, and True only with quantised weights; got True with float"),
         ("neuron.sgc_end=0", "neuron.sgc_end must be within (0, 1], given 0"),
         ("distillation.max_sum_of_rates=0", "distillation.max_sum_of_rates must be > 0 or null, given 0"),
         ("distillation.calibration_contexts=0", "distillation.calibration_contexts must be at least 1, given 0"),

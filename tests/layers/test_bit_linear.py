@@ -251,8 +251,8 @@ def test_what_it_says_of_itself() -> None:
     assert repr(layer("ternary", per_row=True)).endswith("bias=True, weights=ternary, per_row)")
     assert repr(packed(layer("binary"))).endswith("bias=True, weights=binary, packed)")
     assert repr(layer("float", True)).endswith("bias=True)")
-    with pytest.raises(SpikelmError, match="weights must be one of float, binary, ternary; got 'int8'"):
-        BitLinear(3, 4, weights="int8")
+    with pytest.raises(SpikelmError, match="weights must be one of float, binary, ternary, int8; got 'int4'"):
+        BitLinear(3, 4, weights="int4")
 
 
 def test_damaged_bytes_are_found() -> None:

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import snntorch
@@ -11,6 +12,8 @@ from spikingjelly.activation_based import surrogate
 
 from spikelm.errors import SpikelmError
 from spikelm.neurons import BinaryIF
+from spikelm.ops.dynamics import Dynamics
+from tests.kernel_cases import build_together
 
 
 def slow_loop(
@@ -98,6 +101,17 @@ def make(name: str) -> Callable:
     if name in SPIKINGJELLY:
         return SPIKINGJELLY[name]()
     return SNNTORCH[name](*[fast_sigmoid_by_hand] * (name == "custom_surrogate"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(request: pytest.FixtureRequest) -> None:
+    """The kernels of the tests of every surrogate in every type."""
+
+    def called(one: dict[str, Any]) -> tuple[Dynamics, torch.dtype] | None:
+        both = {"name", "dtype"} <= one.keys()
+        return (BinaryIF(surrogate_function=make(one["name"])).dynamics, one["dtype"]) if both else None
+
+    build_together(request, called)
 
 
 STEPS = [*(name for name in SPIKINGJELLY if name not in NO_STEP), *(name for name in SNNTORCH if name not in BROKEN)]

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from spikelm.errors import SpikelmError
 from spikelm.neurons import ATMN, TILIF, BinaryIF, DynamicsNode, set_backend
+from tests.kernel_cases import build_together
 
 CHANNELS = 6
 NEURONS: dict[str, Callable[..., DynamicsNode]] = {
@@ -64,6 +65,13 @@ def make(name: str, **arguments: object) -> DynamicsNode:
     if made.num_channels is not None:
         made.v_threshold = torch.linspace(0.4, 1.6, made.num_channels)
     return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(request: pytest.FixtureRequest) -> None:
+    """The kernels of the tests of every neuron in every type."""
+    both = {"name", "dtype"}
+    build_together(request, lambda one: (make(one["name"]).dynamics, one["dtype"]) if both <= one.keys() else None)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -332,7 +332,7 @@ def test_eager_and_operator_agree() -> None:
     for quick in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not quick:
-                patch.setattr(operators, "_is_plain", lambda *tensors: False)
+                patch.setattr(operators, "is_plain", lambda *tensors: False)
             spikes, last = multi_step(x, v, V, EVERY)
             code = encode_sum(x, V, EVERY, 4, 0.5)
             loss = spikes.square().sum() + last.square().sum() + code.square().sum()

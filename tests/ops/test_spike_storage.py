@@ -1,5 +1,7 @@
 """Spikes kept as bits for the backward: exact round trips, equal gradients, fewer bytes."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,22 @@ def test_projections_of_one_tensor_share_what_is_stored() -> None:
     spikes = spikes_of(SpikeCode(1), (64, 32), torch.bfloat16).requires_grad_()
     weights = [torch.randn(8, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     assert kept(lambda: [linear(spikes, weight, None, SpikeCode(1)) for weight in weights]) == spikes.nbytes // 8
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_only_the_bits_stay_behind_a_forward(autocast: bool) -> None:
+    """Nothing that the graph holds may keep the dense spikes alive."""
+    x = torch.randn(16, 32, requires_grad=True)
+    spikes, weight = x * 1, torch.randn(8, 32, requires_grad=True)
+    with torch.no_grad():
+        spikes.sign_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = linear(spikes, weight, None, SpikeCode(1))
+    dense = [weakref.ref(spikes), weakref.ref(spikes.__dict__.get("_cast", spikes))]
+    del spikes
+    assert [tensor() for tensor in dense] == [None, None]
+    y.sum().backward()
+    assert torch.equal(weight.grad, x.detach().sign().sum(0).expand(8, 32).to(y.dtype))
 
 
 def test_autocast() -> None:

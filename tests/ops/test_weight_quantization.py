@@ -146,10 +146,10 @@ def test_bytes_that_are_no_codes() -> None:
 
 
 def test_what_is_refused() -> None:
-    assert FORMS == ("float", "binary", "ternary")
+    assert FORMS == ("float", "binary", "ternary", "int8")
     weight, codes = random(4, 5), torch.ones(4, 5, dtype=torch.int8)
     for form in ("float", "int4"):
-        with pytest.raises(SpikelmError, match=f"form must be one of binary, ternary; got '{form}'"):
+        with pytest.raises(SpikelmError, match=f"form must be one of binary, ternary, int8; got '{form}'"):
             quantize(weight, form)
         with pytest.raises(SpikelmError, match="form must be one of"):
             pack_codes(codes, form)

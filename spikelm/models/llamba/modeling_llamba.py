@@ -17,6 +17,7 @@ from spikelm.errors import SpikelmError
 from spikelm.layers.discrete_mamba2 import DiscreteMamba2
 from spikelm.models.llamba.cache import LlambaCache
 from spikelm.models.llamba.configuration_llamba import LlambaConfig
+from spikelm.models.llamba.decoding import steps_of
 from spikelm.models.llamba.from_llama import config_from_llama, copy_weights
 
 
@@ -123,8 +124,13 @@ class LlambaModel(LlambaPreTrainedModel):
         mask = create_recurrent_attention_mask(self.config, hidden_states, attention_mask, past_key_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        steps = None if output_hidden_states else steps_of(self, hidden_states, past_key_values, mask)
+        if steps is not None:
+            hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
+            for step in steps:
+                step(hidden_states, past_key_values)
         every: tuple[torch.Tensor, ...] = ()
-        for layer in self.layers:
+        for layer in self.layers if steps is None else ():
             every += (hidden_states,) if output_hidden_states else ()
             hidden_states = layer(hidden_states, past_key_values=past_key_values, attention_mask=mask)
         hidden_states = self.final_layernorm(hidden_states)
