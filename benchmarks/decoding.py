@@ -32,6 +32,7 @@ from spikelm.data import python_documentation
 from spikelm.deploy import int8_layer
 from spikelm.layers import GatherLinear
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
+from spikelm.models.llamba.decoding import banks_of
 from spikelm.run import command_line, versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,10 +109,9 @@ def set_rates(model: PreTrainedModel, ids: torch.Tensor, rates: Rates) -> None:
 def read_share(model: PreTrainedModel) -> float:
     """The share of the blocks' weights that the last token's step read."""
     read = total = 0
-    for step in model.backbone._block_steps:
-        for bank, active in zip(step.banks, step.active.tolist(), strict=True):
-            outputs = sum(layer.out_features for layer in bank)
-            read, total = read + active * outputs, total + bank[0].in_features * outputs
+    for bank, active in banks_of(model.backbone):
+        outputs = sum(layer.out_features for layer in bank)
+        read, total = read + active * outputs, total + bank[0].in_features * outputs
     return read / total
 
 

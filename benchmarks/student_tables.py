@@ -11,7 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SPEED = "tokens_per_second"
 
 
 def read(name: str) -> Any:
@@ -377,31 +376,6 @@ def mar_weights() -> str:
     )
 
 
-def mar_pareto() -> str:
-    """Quality against rate, as examples/mar/pareto.py wrote it, and the default student."""
-    result, default = read("mar_pareto.json"), read("mar_stories260k.json")
-    neuron, keys = default["config"]["spiking"]["neuron"], ("ce", "kl_to_teacher", "sum_of_rates", "union_rate")
-    steps = default["training"]["student"]["steps"]
-    rows = [row | row.pop("row") for row in result["Quality against rate"]]
-    rows.append(neuron | default["student"] | default["firing"] | {"steps": steps, "target": None})
-    rows.sort(key=lambda row: (row["steps"], -row["T"], row["tau"], -(row["target"] or 1)))
-    lines = []
-    for row in rows:
-        cells = [str(row["T"]), f"{row['tau']:g}", f"{row['steps']:,}", f"{row['target']:g}" if row["target"] else ""]
-        cells += [f"{row[key]:.3f}" for key in keys]
-        cells += [f"{row[key]:.{digits}f}" if key in row else "" for key, digits in (("read_rate", 3), (SPEED, 0))]
-        lines.append(cells)
-    columns = ["T", "tau", "steps", "target", "CE", "KL to teacher", "sum of rates", "union rate", "weights read"]
-    shown = len(columns) + any(SPEED in row for row in rows)
-    start, config = result["reference"]["stage1"]["ce"], result["config"]
-    return (
-        f"{markdown((*columns, 'tokens/s')[:shown], [cells[:shown] for cells in lines])}\n\n"
-        f"From the same stage 1 (CE {start:.3f}), {config['optimisation']['batch_size']} x 128 tokens a step, seed "
-        f"{config['seed']}; figures on all held-out text. {machine(result)}; the student of {steps:,} steps without a "
-        f"target is the default one above, {machine(default)}."
-    )
-
-
 def mean_and_deviation(values: list[float]) -> str:
     """Mean, and the standard deviation of several."""
     mean = f"{statistics.fmean(values):.3f}"
@@ -418,7 +392,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "bispikclm_rates": bispikclm_rates,
     "bispikclm_ablation": bispikclm_ablation,
     "mar": mar,
-    "mar_pareto": mar_pareto,
     "ablation": ablation,
     "codes": codes,
     "objectives": objectives,

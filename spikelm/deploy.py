@@ -42,12 +42,13 @@ def deploy(
             "ternary", every SpikingLinear of float weights becomes a :class:`~spikelm.layers.TernaryLinear`: additions
             alone, exact. "gather" and "ternary" of float weights keep the state dict's names, shapes and types, so that
             it takes the tensors of a training checkpoint.
-            "packed", every BitLinear of binary or ternary weights, which SpikingLinear is too, keeps these alone, 1 or
-            2 bit each; also in a model that was not made by spikify, whose configuration then gets packed = True if it
+            "packed", every BitLinear of binary, ternary or int8 weights, which SpikingLinear is too, keeps these alone;
+            also in a model that was not made by spikify, whose configuration then gets packed = True if it
             has that field. The logits are bit for bit the same.
         accumulate_dtype: the type of the sums of "ternary"; see TernaryLinear.
         weights: "int8" rounds float weights to 8 bit with a scale per output, of "gather" alone.
-        head: "int8" does so with the output embeddings, which are then tied to the input's no more; of "gather" alone.
+        head: "int8" does so with the output embeddings, which are then tied to the input's no more and cannot be
+            resized; of "gather" alone.
 
     Raises:
         SpikelmError: another form, a model without such projections or deployed already, neurons or weights that
@@ -71,7 +72,7 @@ def deploy(
     recipe = recipe_of(model)
     if recipe is not None:  # a model put together by hand has none
         accumulate = None if accumulate_dtype is None else str(accumulate_dtype).removeprefix("torch.")
-        quantised = replace(recipe, weights=weights, per_row=True) if weights else recipe
+        quantised = replace(recipe, weights=weights, per_row=True) if weights and recipe.weights == "float" else recipe
         options = {"accumulate_dtype": accumulate, "head": head}
         deployed = {"form": form} | {name: value for name, value in options.items() if value is not None}
         remember(model, replace(quantised, deployed=deployed))
@@ -160,7 +161,7 @@ def _gather(model: nn.Module, weights: str | None, head: str | None) -> None:
             raise SpikelmError(f"weights={weights!r} takes float weights; these are {layer.weights}")
 
     def gather(layer: SpikingLinear, owner: GatherLinear | None) -> GatherLinear:
-        if weights:
+        if weights and layer.weights == "float":
             layer.weights, layer.per_row = weights, True
         return GatherLinear.from_spiking(layer, owner)
 

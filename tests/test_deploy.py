@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spikelm import Recipe, calibrate, deploy, spikify
 from spikelm.convert import recipe_of, spike_sites
@@ -281,6 +282,21 @@ def test_bit_linears_without_neurons_are_packed_too() -> None:
     plain.config = SimpleNamespace()
     deploy(plain, "packed")
     assert not hasattr(plain.config, "packed")
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_students_of_eight_bit_keep_their_scales(per_row: bool, tmp_path: Path) -> None:
+    model = quantised("llamba-ATMN", "int8", per_row)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    for form in ({}, {"weights": "int8"}):
+        deployed = deploy(copy.deepcopy(model), **form)
+        torch.testing.assert_close(deployed(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        assert recipe_of(deployed).per_row is per_row
+    deployed = deploy(deploy(copy.deepcopy(model), "packed"), weights="int8")
+    deployed.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, deployed(IDS).logits)
 
 
 def test_what_packing_refuses() -> None:

@@ -106,7 +106,7 @@ INLINE void add_rows(
 template <int tokens>
 static void sum_rows(const Active& active, const Projection& p, long long from, long long to, float* sums) {
     constexpr int rows = 8;  // whose values are in registers
-    constexpr long long tile = 8192 / tokens;  // outputs whose sums stay in the first cache
+    constexpr long long tile = 8192;  // outputs whose sums stay in a cache; shorter pieces of rows are read more slowly
     for (long long first = from; first < to; first += tile) {
         const long long last = std::min(to, first + tile);
         long long k = 0;

@@ -17,7 +17,7 @@
 
 constexpr long long WORTH_THREADS_TO_SCAN = 1 << 16;  // numbers of the state
 
-// Every member is 8 bytes; cpu/llamba.py packs it. Of a bank's Call, x and y are filled in here.
+// Every member is 8 bytes; models/llamba/decoding.py packs it. Of a bank's Call, x and y are filled in here.
 struct Block {
     HIDDEN_T* hidden;       // [tokens, d_model], in and out
     HIDDEN_T* conv_state;   // [tokens, conv_dim, d_conv], the newest input last

@@ -10,7 +10,7 @@ constexpr int MOST_TOKENS = 4;
 constexpr int MOST_PROJECTIONS = 4;
 constexpr int MOST_STEPS = 64;
 
-// One projection of a bank. Every member is 8 bytes; ops/spike_linear.py packs it.
+// One projection of a bank. Every member is 8 bytes; cpu/spike_linear.py packs it.
 struct Projection {
     const WEIGHT_T* weights;  // a row per input channel, `stride` bytes from one to the next
     const float* scale;       // [scales], factors of the outputs' sums, or null

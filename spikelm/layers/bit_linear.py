@@ -77,10 +77,14 @@ class BitLinear(nn.Linear):
 
     def spike_weights(self) -> SpikeWeights:
         """A packed layer's weights as a kernel reads them: views of its own."""
-        bias = None if self.bias is None else self.bias.detach()
-        bias = bias if bias is None or bias.dtype == torch.float64 else bias.float()
         out = None if self.weights == "int8" else self.out_features
-        return SpikeWeights(self.packed_weight, self.weights, out, self.weight_scale, bias)
+        return SpikeWeights(self.packed_weight, self.weights, out, self.weight_scale, self._kernel_bias())
+
+    def _kernel_bias(self) -> torch.Tensor | None:
+        """In float32, which kernels take, unless it is wider."""
+        if self.bias is None or self.bias.dtype == torch.float64:
+            return None if self.bias is None else self.bias.detach()
+        return self.bias.detach().float()
 
     def unscaled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes x + b / g [*, out_features], g [] or [out_features]): the forward's current in units of the scale g.

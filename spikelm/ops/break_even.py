@@ -46,9 +46,10 @@ def _known(weights: torch.dtype, tokens: int, threads: int) -> float:
     kept.setdefault(machine, {})[key] = share
     with suppress(OSError):  # measured anew in the next process
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(kept, file, indent=1)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(json.dumps(kept, indent=1))
+            os.replace(whole, path)
     return share
 
 
@@ -69,21 +70,23 @@ def _measure(weights: torch.dtype, tokens: int) -> float:
     channels, outputs = _SHAPE
     io = weights if weights.is_floating_point else torch.float32
     int8 = weights == torch.int8
-    scale = torch.ones(outputs) if int8 else None
+    cpu_only: Any = {"device": "cpu"}
+    scale = torch.ones(outputs, dtype=torch.float32, **cpu_only) if int8 else None
     several = [
-        SpikeWeights(torch.ones(_SHAPE, dtype=weights), "int8" if int8 else "float", scale=scale) for _ in range(2)
+        SpikeWeights(torch.ones(_SHAPE, dtype=weights, **cpu_only), "int8" if int8 else "float", scale=scale)
+        for _ in range(2)
     ]
-    encoder = Encoder(torch.ones(()), Dynamics("integer", levels=1))
+    encoder = Encoder(torch.ones((), dtype=torch.float32, **cpu_only), Dynamics("integer", levels=1))
     kernel = encoder.dynamics.kernel
     assert isinstance(kernel, Kernel)
-    y = [torch.empty(tokens, outputs, dtype=io)]
+    y = [torch.empty(tokens, outputs, dtype=io, **cpu_only)]
 
     def gather(share: float) -> float:
-        spikes = torch.zeros(tokens, channels, dtype=io)
+        spikes = torch.zeros(tokens, channels, dtype=io, **cpu_only)
         spikes[:, :: round(1 / share)] = 1
         return _quickest(lambda i: cpu.project(kernel, encoder, spikes, [several[i % 2]], y, channels))
 
-    spikes = torch.ones(tokens, channels, dtype=io)
+    spikes = torch.ones(tokens, channels, dtype=io, **cpu_only)
     dense = _quickest(lambda i: F.linear(spikes, several[i % 2].matrix(io)))
     quarter, whole = gather(0.25), gather(1.0)
     slope = max((whole - quarter) / 0.75, 1e-12)

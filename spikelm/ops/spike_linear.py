@@ -24,12 +24,11 @@ from spikelm.ops import multistep, operators
 from spikelm.ops.break_even import break_even
 from spikelm.ops.dynamics import Dynamics
 from spikelm.ops.kernel import Kernel
-from spikelm.ops.weight_quantization import FORMS, dequantize, packed_bytes, unpack_codes
+from spikelm.ops.weight_quantization import FORMS, LARGEST, dequantize, packed_bytes, unpack_codes
 
 MOST_TOKENS = 4
 MOST_STEPS = 64
 MOST_PROJECTIONS = 4
-LARGEST = 127  # of the integers that codes are counted for
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -103,6 +102,10 @@ def spike_linear(spikes: torch.Tensor, weights: SpikeWeights, unit: float = 1.0,
     Raises:
         SpikelmError: shapes, types or devices that do not fit, or a named backend that cannot run.
     """
+    if not unit > 0:
+        raise SpikelmError(f"unit must be > 0; got {unit!r}")
+    if not operators.is_plain(spikes, None, weights.rows):
+        return dense(spikes, weights)
     found = by_kernel(spikes, _identity(float(unit), spikes.device), [weights], backend)
     return dense(spikes, weights) if found is None else found[0]
 
@@ -113,7 +116,9 @@ def dense_linear(x: torch.Tensor, weights: SpikeWeights, backend: str = "auto") 
     Raises:
         SpikelmError: shapes, types or devices that do not fit, or a named backend that cannot run.
     """
-    found = None if weights.form in ("binary", "ternary") else by_kernel(x, _no_neurons(x.device), [weights], backend)
+    if weights.form in ("binary", "ternary") or not operators.is_plain(x, None, weights.rows):
+        return dense(x, weights)
+    found = by_kernel(x, _no_neurons(x.device), [weights], backend)
     return dense(x, weights) if found is None else found[0]
 
 
@@ -170,8 +175,6 @@ def _launch_on(backend: str) -> Callable[..., int]:
 @lru_cache(maxsize=64)
 def _identity(unit: float, device: torch.device) -> Encoder:
     """Neurons that fire s / unit at an input s."""
-    if not unit > 0:
-        raise SpikelmError(f"unit must be > 0; got {unit!r}")
     threshold = torch.tensor(unit, dtype=torch.float32, device=device)
     return Encoder(threshold, Dynamics("integer", levels=LARGEST), unit=1.0, gain=unit)
 
@@ -183,8 +186,11 @@ def _no_neurons(device: torch.device) -> Encoder:
 
 def dense(spikes: torch.Tensor, weights: SpikeWeights) -> torch.Tensor:
     """W s + b as a dense product, in s's type."""
-    bias = None if weights.bias is None else weights.bias.to(spikes.dtype)
-    return F.linear(spikes, weights.matrix(spikes.dtype), bias)
+    bias = weights.bias
+    if weights.form == "int8" and weights.scale is not None:  # as the kernel does, whose scale 16 bit do not round
+        y = F.linear(spikes, unpack_codes(weights.rows, weights.outputs, "int8").to(spikes.dtype))
+        return (y * weights.scale if bias is None else y * weights.scale + bias).to(spikes.dtype)
+    return F.linear(spikes, weights.matrix(spikes.dtype), None if bias is None else bias.to(spikes.dtype))
 
 
 def refused(
@@ -204,9 +210,17 @@ def refused(
         return f"no kernel for thresholds, scales or a bias of {other}"
     if not all(tensor.is_contiguous() for tensor in more):
         return "no kernel for thresholds, scales or a bias with gaps in memory"
-    if first.form in ("binary", "ternary") and encoder.unit is None:
+    if first.form in ("binary", "ternary") and not _counts(encoder):
         return "no kernel for packed weights behind spikes that are no integer multiples"
     return _built(backend, kernel.definitions, encoder.spiking, io, first.rows.dtype, first.form)
+
+
+def _counts(encoder: Encoder) -> bool:
+    """Whether sums of frames are integers that codes can be counted for."""
+    if encoder.unit is None or not encoder.spiking:
+        return False
+    highest = encoder.dynamics.levels * sum(encoder.frame_weight**t for t in range(encoder.T))
+    return highest / encoder.unit <= LARGEST
 
 
 @cache
@@ -215,7 +229,7 @@ def _built(
 ) -> str | None:
     if io not in _DTYPES:
         return f"no kernel for {io}"
-    if weights == torch.float64:
+    if weights not in (*_DTYPES, torch.int8, torch.uint8):
         return f"no kernel for weights of {weights}"
     try:
         if backend == "cpu":

@@ -70,6 +70,33 @@ def test_without_neurons_it_is_the_dense_product() -> None:
         torch.testing.assert_close(gather(x), F.linear(x, gather.weight, gather.bias))
 
 
+@pytest.mark.parametrize("weights", ["int8", "ternary", "binary"])
+def test_codes_without_neurons(weights: str) -> None:
+    gather = GatherLinear.from_spiking(training_form(weights=weights))
+    gather.spiking = False
+    x = 1e3 * random(2, 70)
+    torch.testing.assert_close(gather(x), F.linear(x, gather.weight, gather.bias), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("weights", ["float", "ternary"])
+def test_it_compiles_as_one_graph(weights: str) -> None:
+    gather = GatherLinear.from_spiking(training_form(weights=weights))
+    x = random(1, 70, seed=3)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(gather, fullgraph=True, backend="eager")(x), gather(x))
+
+
+def test_assigned_weights_are_laid_out_again() -> None:
+    layer = training_form()
+    gather = GatherLinear.from_spiking(copy.deepcopy(layer))
+    gather(random(1, 70))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        gather.load_state_dict(layer.state_dict(), assign=True)
+        torch.testing.assert_close(gather(random(1, 70)), layer(random(1, 70)))
+    assert gather.weight.t().is_contiguous()
+
+
 def test_a_changed_layer_is_read_anew() -> None:
     layer = training_form()
     gather = GatherLinear.from_spiking(copy.deepcopy(layer))

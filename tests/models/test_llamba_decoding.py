@@ -186,6 +186,93 @@ def test_changed_tensors_are_read_anew(used: Used) -> None:
     assert torch.equal(stepwise(model), before)
 
 
+def change(model: Any, what: str) -> None:
+    """Changes a model that has decoded a token before."""
+    block, other = model.backbone.layers[0], deploy(student(unusual_seed()))
+    with torch.no_grad():
+        if what == "a projection":
+            block.mlp.gate_proj = copy.deepcopy(other.backbone.layers[0].mlp.gate_proj)
+        elif what == "no neurons":
+            block.mlp.down_proj.spiking = False
+        elif what == "a gate":
+            block.mlp.act_fn = torch.nn.GELU()
+        elif what == "a parameter":
+            block.input_layernorm.weight = torch.nn.Parameter(2 * block.input_layernorm.weight)
+        elif what == "a norm":
+            block.post_attention_layernorm = torch.nn.Identity()
+            block.post_attention_layernorm.weight = torch.ones(32)
+        elif what == "a forward":
+            block.mlp.forward = lambda x: 2 * x
+        elif what == "assigned":
+            model.load_state_dict(other.state_dict(), assign=True)
+        elif what == "inference mode":
+            with torch.inference_mode():
+                model.load_state_dict(other.state_dict())
+        elif what == "steps":
+            for layer in model.backbone.layers:
+                layer.mlp.down_proj.neuron.T = 2
+        elif what == "fewer layers":
+            model.backbone.layers = model.backbone.layers[:1]
+
+
+def unusual_seed() -> LlambaForCausalLM:
+    model = llamba()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    return model
+
+
+CHANGES = (
+    "a projection", "no neurons", "a gate", "a parameter", "a norm", "a forward", "assigned", "inference mode", "steps",
+    "fewer layers",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_model_that_changes_after_its_first_token(used: Used, what: str) -> None:
+    model: Any = deploy(student())
+    before = stepwise(model)
+    change(model, what)
+    found = stepwise(model)
+    used.allowed = False
+    expected = stepwise(model)
+    assert not torch.allclose(expected, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_and_copies(used: Used) -> None:
+    model: Any = deploy(student(unusual()).to(torch.bfloat16))
+    before = stepwise(model)
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(stepwise(duplicate), before)
+    with torch.no_grad():
+        duplicate.backbone.layers[0].mlp.gate_proj.bias.add_(1)
+    assert not torch.equal(stepwise(duplicate), before)
+    assert torch.equal(stepwise(model), before)
+    assert torch.equal(stepwise(copy.deepcopy(duplicate)), stepwise(duplicate))
+
+
+def test_states_of_another_shape_are_not_handed_to_a_kernel(used: Used) -> None:
+    model: Any = deploy(student())
+    with torch.no_grad():
+        cache = model(IDS[:, :5], use_cache=True).past_key_values
+        with pytest.raises(RuntimeError):
+            model(inputs_embeds=torch.randn(3, 1, 4), past_key_values=cache)
+        foreign = unusual()(IDS[:, :5], use_cache=True).past_key_values
+        with pytest.raises((RuntimeError, IndexError)):
+            model(IDS[:, 5:6], past_key_values=foreign)
+        model(IDS[:, 5:6], past_key_values=cache)
+        calls = used.steps
+        assert calls == 1
+        cache.reset()
+        model(IDS[:, :1], past_key_values=cache)
+    assert used.steps == calls  # the first token after a reset is a prefill
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(IDS[:, 1:2], past_key_values=model(IDS[:, :1], use_cache=True).past_key_values)
+    assert used.steps == calls
+
+
 @pytest.mark.parametrize("case", ["five sequences", "two tokens", "a hook", "the reference", "hidden states", "a gate"])
 def test_when_the_blocks_run_themselves(used: Used, case: str) -> None:
     model: Any = deploy(student())

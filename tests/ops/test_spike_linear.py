@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikelm.cpu import module
@@ -334,3 +335,22 @@ def test_a_share_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even, "_SHAPE", (128, 256))
     for weights in (F32, torch.int8):
         assert 0 <= break_even._measure(weights, 2) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no kernel for packed weights")
+def test_integers_that_codes_are_not_counted_for() -> None:
+    """Firing up to 100,000 is no kernel's with packed weights, and the dense product's."""
+    codes = torch.randint(-1, 2, (70, 30), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    weights = SpikeWeights(pack_codes(codes, "ternary"), "ternary", 70, torch.ones(()))
+    encoder = Encoder(torch.ones(()), Dynamics("integer", levels=100_000), unit=1.0)
+    (y,) = project(1000 * torch.ones(1, 30), encoder, [weights])
+    assert torch.equal(y[0], 1000 * codes.float().sum(1))
+
+
+def test_a_fake_tensor_leaves_nothing_behind(gathers: list[int]) -> None:
+    weights = SpikeWeights.of(torch.randn(20, 10))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        spike_linear.spike_linear(torch.ones(1, 10), weights, 0.0625)
+    assert not gathers
+    spike_linear.spike_linear(torch.full((1, 10), 0.0625), weights, 0.0625)
+    assert gathers == [10]

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable
 from ctypes import create_string_buffer
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.modules import module as every_module
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spikelm.cpu import module as cpu
 from spikelm.cpu import spike_linear
 from spikelm.errors import SpikelmError
-from spikelm.layers.gather_linear import GatherLinear
+from spikelm.layers.discrete_mamba2 import DiscreteMamba2
+from spikelm.layers.gather_linear import GatherLinear, stamp_of, version_of
 from spikelm.models.llamba.cache import LlambaCache
 from spikelm.ops import multistep, operators
 from spikelm.ops.kernel import Kernel
@@ -27,38 +30,52 @@ if TYPE_CHECKING:
 # The members of struct Block of cpu/llamba.cpp between the places that change and the banks.
 _BLOCK = struct.Struct("=6Q11qd")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PATCHES = {"_hf_hook", "forward"}
 
 
 Step = Callable[[torch.Tensor, Any], None]
+# Not in the models themselves, of which copies and files must not have addresses.
+_STEPS: WeakKeyDictionary[nn.Module, list[BlockStep]] = WeakKeyDictionary()
 
 
 def steps_of(model: LlambaModel, hidden_states: torch.Tensor, cache: Any, mask: Any) -> list[Step] | None:
     """The blocks as kernel calls that change hidden_states [B, 1, d_model], dense, and the cache in place, in turn.
 
-    None where the blocks' own forwards are to run.
-
-    That is where more than one token a sequence or more than MOST_TOKENS sequences come, on another device than a CPU,
-    with padding, before a prefill, while something watches the modules (hooks, modes, a compiler), and for blocks
-    whose projections are not all GatherLinear of one form.
+    None where the blocks' own forwards are to run. That is where more than one token a sequence or more than
+    MOST_TOKENS sequences come, on another device than a CPU, with padding, before a prefill, under autocast, while
+    something watches the modules (hooks, modes, a compiler), and for blocks whose projections are not all GatherLinear
+    of one form.
     """
-    few = hidden_states.shape[1] == 1 and 0 < hidden_states.shape[0] <= MOST_TOKENS
-    if not (few and hidden_states.is_cpu and mask is None and isinstance(cache, LlambaCache) and not model.training):
-        return None
-    known: list[BlockStep] | None = model.__dict__.get("_block_steps")
-    blocks: Any = model.layers
-    if known is None or not all(step.is_of(block) for step, block in zip(known, blocks, strict=True)):
-        known = model.__dict__["_block_steps"] = [BlockStep(block) for block in blocks]
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
-        return None
     if not operators.is_plain(hidden_states, None, hidden_states) or every_module._has_any_global_hook():
         return None
+    blocks: Any = model.layers
+    if not hidden_states.is_cpu or not all(type(block.mlp.down_proj) is GatherLinear for block in blocks):
+        _STEPS.pop(model, None)
+        return None
+    few = hidden_states.dim() == 3 and hidden_states.shape[1] == 1 and 0 < hidden_states.shape[0] <= MOST_TOKENS
+    if not few or mask is not None or not isinstance(cache, LlambaCache) or model.training:
+        return None
+    if (torch.is_grad_enabled() and hidden_states.requires_grad) or torch.is_autocast_enabled("cpu"):
+        return None
+    known = _STEPS.get(model, [])
+    if len(known) != len(blocks) or not all(step.is_of(block) for step, block in zip(known, blocks, strict=True)):
+        known = _STEPS[model] = [BlockStep(block) for block in blocks]
     steps: list[Step] = []
-    for block in known:
-        prepared = block.prepare(hidden_states, cache)
+    for step in known:
+        prepared = step.prepare(hidden_states, cache)
         if prepared is None:
             return None
-        steps.append(partial(block.run, prepared))
+        steps.append(partial(step.run, prepared))
     return steps
+
+
+def banks_of(model: LlambaModel) -> list[tuple[list[GatherLinear], int]]:
+    """The projections behind every bank, and how many of its channels the last kernel call read, in order."""
+    return [
+        (bank, active)
+        for step in _STEPS.get(model, [])
+        for bank, active in zip(step.banks, step.active.tolist(), strict=True)
+    ]
 
 
 class Prepared(NamedTuple):
@@ -75,34 +92,44 @@ class BlockStep:
     def __init__(self, block: LlambaBlock) -> None:
         mixer, mlp = block.mixer, block.mlp
         self.block, self.index = block, mixer.layer_idx
+        self.parts = _parts(block)
         self.banks: list[list[Any]] = [[mixer.in_proj], [mixer.out_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
         self.projections: list[Any] = [layer for bank in self.banks for layer in bank]
         self.modules = list(block.modules())
-        self.small = [
-            block.input_layernorm.weight, block.post_attention_layernorm.weight, mixer.conv1d.weight,
-            mixer.conv1d.bias, mixer.z_bias, mixer.D,
-        ]  # fmt: skip
         self.known: tuple[tuple[Any, ...], Prepared | None] | None = None
-        self.active = torch.zeros(len(self.banks), dtype=torch.int64)
-        self.fits = all(type(layer) is GatherLinear for layer in self.projections) and _is_silu(mlp.act_fn)
+        self.active = torch.zeros(len(self.banks), dtype=torch.int64, device="cpu")
+        norms = (block.input_layernorm, block.post_attention_layernorm)
+        self.fits = (
+            all(type(layer) is GatherLinear for layer in self.projections)
+            and mlp.gate_proj.neuron is mlp.up_proj.neuron
+            and type(mixer) is DiscreteMamba2
+            and type(mixer.conv1d) is nn.Conv1d
+            and all(type(norm) is LlamaRMSNorm for norm in norms)
+            and norms[0].variance_epsilon == norms[1].variance_epsilon
+            and _is_silu(mlp.act_fn)
+        )
 
     def is_of(self, block: LlambaBlock) -> bool:
-        """Whether these are still the block's projections."""
-        return self.block is block and self.projections[-1] is block.mlp.down_proj
+        """Whether these are still the block and its modules."""
+        return self.block is block and all(a is b for a, b in zip(self.parts, _parts(block), strict=True))
 
     def prepare(self, hidden_states: torch.Tensor, cache: Any) -> Prepared | None:
         """The kernel's call for such a token; None where it cannot take it."""
         if not self.fits or _is_watched(self.modules):
             return None
-        layer = cache.layers[self.index]
+        layer, mixer = cache.layers[self.index], self.block.mixer
         conv, state = layer.conv_states.get(0), layer.recurrent_states.get(0)
-        if conv is None or state is None or layer.record_past:
+        if conv is None or state is None or layer.record_past or not layer.has_previous_state[0]:
             return None
+        tokens = len(hidden_states)
         fits = (
-            len(conv) == len(state) == len(hidden_states)
-            and conv.shape[2] == self.block.mixer.d_conv
+            hidden_states.shape[2] == mixer.d_model
+            and conv.shape == (tokens, mixer.conv_dim, mixer.d_conv)
+            and state.shape == (tokens, mixer.n_v_heads, mixer.head_dim, mixer.d_state)
             and conv.dtype == hidden_states.dtype
             and state.dtype == torch.float32
+            and conv.is_cpu
+            and state.is_cpu
             and conv.is_contiguous()
             and state.is_contiguous()
         )
@@ -121,16 +148,24 @@ class BlockStep:
     def _prepared(self, hidden_states: torch.Tensor) -> Prepared | None:
         """Made anew where something changed; one tuple, because other threads may be at the same block."""
         threads = torch.get_num_threads()
-        watched = [*self.small, *(layer.neuron.a for layer in self.projections), *map(_stored, self.projections)]
         stamp = (
-            len(hidden_states), hidden_states.dtype, threads, self.projections[0].spiking, multistep.default_backend(),
+            len(hidden_states), hidden_states.dtype, threads, multistep.default_backend(),
             *((layer.neuron.backend, id(layer.neuron._current_dynamics())) for layer in self.projections),
-            *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in watched if t is not None),
+            *(stamp_of(layer) for layer in self.projections),
+            *(version_of(tensor) for tensor in self._small()),
         )  # fmt: skip
         known = self.known
         if known is None or known[0] != stamp:
             known = self.known = stamp, self._make(hidden_states, threads)
         return known[1]
+
+    def _small(self) -> list[torch.Tensor | None]:
+        """The tensors besides the projections', in the order of struct Block."""
+        block, mixer = self.block, self.block.mixer
+        return [
+            block.input_layernorm.weight, block.post_attention_layernorm.weight, mixer.conv1d.weight,
+            mixer.conv1d.bias, mixer.z_bias, mixer.D,
+        ]  # fmt: skip
 
     def _make(self, hidden_states: torch.Tensor, threads: int) -> Prepared | None:
         wide = hidden_states.new_empty((), dtype=torch.float32)
@@ -153,10 +188,11 @@ class BlockStep:
                 return str(error)
             return None
 
-        backends = {layer.neuron.backend for layer in self.projections}
-        if len(backends) > 1 or multistep.choose(hidden_states, backends.pop(), reason) != "cpu":
+        # The neurons' own kernel is what a named backend must have; this one may be missing.
+        backend = "torch" if any(layer.neuron.backend == "torch" for layer in self.projections) else "auto"
+        if multistep.choose(hidden_states, backend, reason) != "cpu":
             return None
-        small = [None if tensor is None else tensor.detach().float().contiguous() for tensor in self.small]
+        small = [None if tensor is None else tensor.detach().float().contiguous() for tensor in self._small()]
         head = _BLOCK.pack(
             *(0 if tensor is None else tensor.data_ptr() for tensor in small),
             *self._sizes(len(hidden_states)), self.block.input_layernorm.variance_epsilon,
@@ -188,8 +224,13 @@ def _build(kernel: Kernel, spiking: bool, form: str, weights: torch.dtype, hidde
     return cpu.functions(text, torch.float32, torch.float32, "llamba.cpp")["step_block"]
 
 
-def _stored(layer: GatherLinear) -> torch.Tensor:
-    return layer.packed_weight if layer.packed else layer.weight
+def _parts(block: LlambaBlock) -> tuple[nn.Module, ...]:
+    """The modules whose work the kernel does."""
+    mixer, mlp = block.mixer, block.mlp
+    return (
+        mixer, mlp, block.input_layernorm, block.post_attention_layernorm, mixer.in_proj, mixer.conv1d, mixer.out_proj,
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn,
+    )  # fmt: skip
 
 
 def _is_silu(function: nn.Module) -> bool:
@@ -197,7 +238,8 @@ def _is_silu(function: nn.Module) -> bool:
 
 
 def _is_watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether a hook of somebody's would not be called."""
+    """Whether a hook of somebody's, or a forward put in the place of a module's own, would not be called."""
     return any(
-        module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__ for module in modules
+        module._forward_hooks or module._forward_pre_hooks or not _PATCHES.isdisjoint(module.__dict__)
+        for module in modules
     )
