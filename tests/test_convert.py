@@ -146,8 +146,8 @@ def test_quantised_weights(weights: str, per_row: bool) -> None:
 
 
 def test_recipes_of_weights_that_cannot_be() -> None:
-    with pytest.raises(SpikelmError, match="weights must be one of float, binary, ternary; got 'int8'"):
-        Recipe.preset("mar", weights="int8")
+    with pytest.raises(SpikelmError, match="weights must be one of float, binary, ternary, int8; got 'int4'"):
+        Recipe.preset("mar", weights="int4")
     for per_row in (True, 1):
         with pytest.raises(SpikelmError, match=f"per_row must be a bool, .*; got {per_row} with float weights"):
             Recipe.preset("mar", per_row=per_row)
