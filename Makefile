@@ -10,6 +10,7 @@ READY := .venv/.ready
 # The last release of SpikingJelly before 2.0, which most published code uses: beside the other, chosen by PYTHONPATH.
 LEGACY_VERSION := 0.0.0.0.14
 LEGACY := .venv/spikingjelly-$(LEGACY_VERSION)
+LEGACY_OPS := kernel multistep operators reference surrogate
 
 # Neither the tests nor the demonstration may ask a model hub for anything.
 export HF_HUB_OFFLINE := 1
@@ -23,7 +24,8 @@ test: lint
 
 # What touches SpikingJelly, once more with its old release; the report's header names the versions.
 test-legacy: $(LEGACY)/.ready
-	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python -m pytest tests/neurons tests/ops tests/interop tests/examples/test_digits.py
+	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python -m pytest tests/neurons $(LEGACY_OPS:%=tests/ops/test_%.py) tests/interop \
+		tests/examples/test_digits.py
 
 demo: $(READY)
 	$(BIN)/python examples/mar/train.py --preset demo output_dir=runs/demo
