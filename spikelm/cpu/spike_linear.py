@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _FILE = "spike_linear.cpp"
 # struct Call and struct Projection of cuda/projection.cuh.
 _CALL, _PROJECTION = struct.Struct("=4Q7q6d"), struct.Struct("=4Q3q")
-_MOST_PROJECTIONS = 4
+MOST_PROJECTIONS = 4
 
 
 @cache
@@ -52,7 +52,7 @@ def pack(
         1 / unit, encoder.gain * unit,
     )  # fmt: skip
     parts = [_projection(one, result) for one, result in zip(weights, y, strict=True)]
-    return b"".join((call, *parts, bytes(_PROJECTION.size * (_MOST_PROJECTIONS - len(parts)))))
+    return b"".join((call, *parts, bytes(_PROJECTION.size * (MOST_PROJECTIONS - len(parts)))))
 
 
 def _projection(weights: SpikeWeights, y: torch.Tensor) -> bytes:

@@ -28,7 +28,7 @@ from spikelm.ops.weight_quantization import FORMS, LARGEST, dequantize, packed_b
 
 MOST_TOKENS = 4
 MOST_STEPS = 64
-MOST_PROJECTIONS = 4
+MOST_PROJECTIONS = cpu.MOST_PROJECTIONS
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,7 +1,8 @@
 """What the tests of the CPU kernels share."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,25 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def build_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Builds kernels for another target, such as "x86-64-v3"; skips where this processor does not run it."""
+
+    def build_for(target: str) -> None:
+        needed = {
+            "x86-64-v4": {"avx512bw", "avx512vl"},
+            "x86-64-v3": {"avx2", "f16c", "fma", "bmi2"},
+            "x86-64": {"sse2"},
+            "native": set(),
+        }
+        try:
+            features = set(Path("/proc/cpuinfo").read_text().split())
+        except OSError:
+            features = set()
+        if not needed[target] <= features:
+            pytest.skip(f"this processor does not run {target}")
+        monkeypatch.setenv("SPIKELM_MARCH", target)
+
+    return build_for

@@ -1,7 +1,7 @@
 """The CPU kernels of spiking attention: every width of vectors, any number of threads, and lines that matter."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,16 +28,9 @@ def built_anew(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64", *(["x86-64-v4"] if NIGHTLY else [])])
-def test_vectors(target: str, built_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors(target: str, built_anew: None, build_for: Callable[[str], None]) -> None:
     """AVX2, SSE2 and, nightly, AVX-512 without the instruction that counts bits."""
-    needed = {"x86-64-v4": {"avx512bw", "avx512vl"}, "x86-64-v3": {"avx2", "f16c", "fma", "bmi2"}, "x86-64": {"sse2"}}
-    try:
-        features = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        features = set()
-    if not needed[target] <= features:
-        pytest.skip(f"this processor does not run {target}")
-    monkeypatch.setenv("SPIKELM_MARCH", target)
+    build_for(target)
     for case in CASES:
         check(case, "cpu")
     spikes = draw(CASES[0]).keys.bool()

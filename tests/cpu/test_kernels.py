@@ -1,9 +1,8 @@
 """The CPU kernels compute what the reference does: every neuron, storage type, layout and number of threads."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -330,16 +329,9 @@ VECTORS = {
 
 @pytest.mark.usefixtures("streaming")
 @pytest.mark.parametrize(("dynamic", "dtype", "target"), VECTORS.values(), ids=VECTORS)
-def test_vectors(dynamic: Dynamics, dtype: torch.dtype, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors(dynamic: Dynamics, dtype: torch.dtype, target: str, build_for: Callable[[str], None]) -> None:
     """AVX-512, AVX2, which both convert half precision, and SSE2, which does not. Few rows begin where a line does."""
-    try:
-        features = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        features = set()
-    needed = {"native": set(), "x86-64-v3": {"avx2", "f16c", "fma", "bmi2"}, "x86-64": {"sse2"}}[target]
-    if not needed <= features:
-        pytest.skip(f"this processor does not run {target}")
-    monkeypatch.setenv("SPIKELM_MARCH", target)
+    build_for(target)
     for T, frame, threshold in [*CALLS[:8], (3, (2, 2048), ())]:
         check_sequence(launch, Case(dynamic, dtype, T, frame, threshold, with_v=True))
     if dynamic.inject == "first":

@@ -1,6 +1,6 @@
 """The CPU kernels of projections of spikes: every width of vectors, any number of threads, and lines that matter."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,16 +28,9 @@ def test_equals_a_dense_product(case: Case) -> None:
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64", *(["x86-64-v4"] if NIGHTLY else [])])
-def test_vectors(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors(target: str, build_for: Callable[[str], None]) -> None:
     """AVX2, SSE2 and, nightly, every form and AVX-512 as any processor has it."""
-    needed = {"x86-64-v4": {"avx512bw", "avx512vl"}, "x86-64-v3": {"avx2", "f16c", "fma", "bmi2"}, "x86-64": {"sse2"}}
-    try:
-        features = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        features = set()
-    if not needed[target] <= features:
-        pytest.skip(f"this processor does not run {target}")
-    monkeypatch.setenv("SPIKELM_MARCH", target)
+    build_for(target)
     for case in FORMS if NIGHTLY else FORMS[target == "x86-64" :: 2]:
         check(case, spike_linear.project)
 
