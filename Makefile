@@ -1,4 +1,4 @@
-# make test | test-legacy | demo | bench | lint | clean: each sets up .venv itself at the first call and reuses it afterwards.
+# make test | test-legacy | demo | bench | docs | docs-serve | lint | clean: each sets up .venv itself at the first call and reuses it afterwards.
 # PYTHON=/path/to/python3 chooses the interpreter of a new .venv; Python 3.11 or newer.
 
 MINIMUM := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -7,6 +7,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
+# A worker for each core; the tests of a file share what they set up.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 # The last release of SpikingJelly before 2.0, which most published code uses: beside the other, chosen by PYTHONPATH.
 LEGACY_VERSION := 0.0.0.0.14
 LEGACY := .venv/spikingjelly-$(LEGACY_VERSION)
@@ -16,15 +18,15 @@ LEGACY_OPS := kernel multistep operators reference surrogate
 export HF_HUB_OFFLINE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: test test-legacy demo bench lint clean
+.PHONY: test test-legacy demo bench docs docs-serve lint clean
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(MAKE) test-legacy
 
 # What touches SpikingJelly, once more with its old release; the report's header names the versions.
 test-legacy: $(LEGACY)/.ready
-	PYTHONPATH=$(CURDIR)/$(LEGACY) $(BIN)/python -m pytest tests/neurons $(LEGACY_OPS:%=tests/ops/test_%.py) tests/interop \
+	PYTHONPATH=$(CURDIR)/$(LEGACY) $(PYTEST) tests/neurons $(LEGACY_OPS:%=tests/ops/test_%.py) tests/interop \
 		tests/examples/test_digits.py
 
 demo: $(READY)
@@ -35,13 +37,22 @@ bench: .venv/.ready-bench
 	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m pytest benchmarks/test_neurons.py --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/compare.py --output runs/comparison.json
 
+# The site, in site/, with its notebooks executed (two minutes); docs-serve shows it at a local address and follows changes.
+# The theme prints a notice about another project's plans unless it is told not to.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(READY)
+	SPIKELM_EXECUTE_NOTEBOOKS=false $(BIN)/mkdocs serve
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and pinned, so that no other package chooses it; spikingjelly last and alone, because its own
 # requirements would replace torch (docs/install.md). The stamp is written when everything is in place.
@@ -50,7 +61,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	(tried: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)); install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[hf,test]'
+	$(PIP) install -c constraints.txt -e '.[hf,test,docs]'
 	$(PIP) install -c constraints.txt --no-deps spikingjelly
 	@touch $@
 

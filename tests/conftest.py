@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 # No test may ask a model hub for anything; set before transformers or datasets read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# As many workers of pytest-xdist as cores: one thread each, here and in the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -645,7 +645,7 @@ def test_wrong_arguments(cls: type[nn.Module], options: dict[str, Any], message:
         ({"sgc_weight": 1.5}, r"sgc_weight must be a number within \[0, 1\]; got 1.5"),
         ({"spike_grad": snntorch_surrogate.atan()}, "TILIF has a window as its surrogate"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "".join(value),  # the same in every process
 )
 def test_wrong_arguments_of_tilif(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpikelmError, match=message):
