@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import energy_tables
+import evaluation_tables
 import inference_tables
 import memory_tables
 import student_tables
+import system_tables
 from student_tables import RESULTS, ROOT, machine, markdown, read
 
 IMAGES = ROOT / "docs" / "images"
@@ -29,6 +32,9 @@ PAGES = (
     "benchmarks.md",
     "kernels.md",
     "inference.md",
+    "energy.md",
+    "evaluation.md",
+    "students.md",
 )
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES))
 # Results of benchmarks/compare.py: the device, and where it is to be run.
@@ -277,6 +283,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **student_tables.TABLES,
     **memory_tables.TABLES,
     **inference_tables.TABLES,
+    **energy_tables.TABLES,
+    **evaluation_tables.TABLES,
+    **system_tables.TABLES,
     "attention": attention,
     "neurons": neurons,
     "mar_profile": mar_profile,

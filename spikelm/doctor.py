@@ -14,7 +14,7 @@ from spikelm.errors import SpikelmError
 from spikelm.ops.dynamics import Dynamics
 from spikelm.ops.multistep import multi_step, unavailable
 
-PACKAGES = ("torch", "spikingjelly", "snntorch", "transformers", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = ("torch", "spikingjelly", "snntorch", "transformers", "lm-eval", "cupy-cuda12x", "cupy-cuda13x")
 
 
 class State(NamedTuple):

@@ -1,5 +1,6 @@
 """python -m spikelm doctor."""
 
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ def test_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert f"torch         {torch.__version__.split('+')[0]}" in said
+    assert re.search(r"^  lm-eval       (\d+\.|not installed$)", said, flags=re.MULTILINE)
     assert "torch         runs: the reference" in said
     if cpu_module.unavailable() is None:
         assert f"cpu           runs: {cpu_module.compiler()}, kernels in {cpu_module.cache_directory()}" in said

@@ -60,7 +60,7 @@ def test_constraints_pin_what_setup_allows(metadata: configparser.ConfigParser, 
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pins = {package_name(line): line.split("==")[1] for line in lines}
     needed = metadata["options"]["install_requires"]
-    needed += "".join(metadata["options.extras_require"][extra] for extra in ("hf", "test", "bench"))
+    needed += "".join(metadata["options.extras_require"][extra] for extra in ("hf", "test", "docs", "bench"))
     for line in requirement_lines(needed):
         name = package_name(line)
         assert name in pins, f"{name} is not pinned"

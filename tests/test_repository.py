@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import spikelm
 
@@ -22,11 +21,6 @@ DOCUMENTS = (
     "docs/spikingbert.md",
     "docs/weights.md",
 )
-MODEL_NAME = '"meta-llama/Llama-3.2-1B"'
-
-
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_no_file_of_the_package_is_two_things(repository: Path) -> None:
@@ -65,22 +59,3 @@ def test_documents_name_what_exists(document: str, repository: Path) -> None:
     missing = [link for link in links if not (path.parent / link).exists()]
     missing += [name for name in named if not (repository / name).exists()]
     assert missing == []
-
-
-def test_readme_spikingjelly_example_runs(repository: Path) -> None:
-    (block,) = (block for block in python_blocks(repository / "README.md") if "spikingjelly" in block)
-    assert len(block.splitlines()) <= 15
-    names: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), names)
-    frames = names["frames"]
-    assert isinstance(frames, torch.Tensor)
-    assert frames.shape == (4, 8, 256)
-    assert set(frames.unique().tolist()) <= {-1.0, 0.0, 1.0}
-
-
-def test_readme_hugging_face_example_runs(
-    repository: Path, teacher_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (block,) = (block for block in python_blocks(repository / "README.md") if MODEL_NAME in block)
-    exec(compile(block.replace(MODEL_NAME, repr(str(teacher_path))), "README.md", "exec"), {})
-    assert "Once upon a time" in capsys.readouterr().out

@@ -35,7 +35,7 @@ from spikelm.data.embedded_classification import embedded_classification, train_
 from spikelm.data.sources import Reading, read_pieces, source_names
 from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill.trainer import train
-from spikelm.energy import estimate_encoder
+from spikelm.energy import report as energy_report
 from spikelm.errors import SpikelmError
 from spikelm.evaluate_classification import rate_accuracy, spiking_accuracy
 from spikelm.experiment import say, teacher_seconds, trained_stage
@@ -45,6 +45,7 @@ from spikelm.presets import config_from_command_line, to_dict
 from spikelm.run import RunDirectory, command_line, keep_freed_memory, versions
 
 PRESETS = Path(__file__).parent / "presets"
+ENERGY_SENTENCES = 16
 
 
 class Task:
@@ -164,9 +165,8 @@ def report(task: Task, students: dict[str, Any]) -> dict[str, Any]:
         say(f"{name}: measuring after {', '.join(map(str, config.T))} steps")
         figures: dict[str, Any] = {"rate_network_accuracy": rate_accuracy(student, task.held_out, mode="rate")}
         figures["after"] = spiking_accuracy(student, task.held_out, config.T)
-        length = metrics["held_out"]["mean_tokens"]
         figures["energy"] = {
-            T: estimate_encoder(student.config, after["firing_rates"], T, length)
+            T: energy_of(student, task.held_out[:ENERGY_SENTENCES], T, after["firing_rates"])
             for T, after in figures["after"].items()
         }
         if storage := packed_storage(student):
@@ -179,6 +179,22 @@ def report(task: Task, students: dict[str, Any]) -> dict[str, Any]:
     metrics["config"], metrics["versions"] = to_dict(config), versions()
     run.write_json("metrics.json", metrics)
     return metrics
+
+
+def energy_of(student: PreTrainedModel, rows: list[Any], T: int, rates: dict[str, float]) -> dict[str, Any]:
+    """The energy report's figures on some sentences, unpadded, and T times the rates on all of them."""
+    batches = [{"input_ids": row["input_ids"], "T": T} for row in rows]
+    counted = energy_report(student, batches, max_batches=len(batches)).summary()
+    whole, projections = counted["whole"], counted["projections"]
+    return counted | {
+        "T": T,
+        "per": f"token of {len(rows)} held-out sentences",
+        "T_times_rate": {population: T * rate for population, rate in rates.items()},
+        "break_even": counted["costs"]["mac"] / counted["costs"]["accumulation"],
+        "benefit": whole["benefit"],
+        "projections_benefit": projections["benefit"],
+        "verdict": "better than dense" if whole["benefit"] > 1 else "worse than dense",
+    }
 
 
 def draw(task: Task, metrics: dict[str, Any]) -> None:
@@ -219,7 +235,7 @@ def print_table(metrics: dict[str, Any]) -> None:
     for name, student in metrics["students"].items():
         cells = "".join(f"{100 * student['after'][steps]['accuracy']:>9.2f}" for steps in T)
         print(f"{name:<14}{100 * student['rate_network_accuracy']:>8.2f}{cells}")
-    print("\nestimated energy of a token in the layers, spiking over dense (1 is break-even; not measured on hardware)")
+    print("\nestimated energy of a token, spiking over dense (1 is break-even; not measured on hardware)")
     for name, student in metrics["students"].items():
         cells = "".join(f"{1 / student['energy'][steps]['benefit']:>9.1f}" for steps in T)
         print(f"{name:<22}{cells}")

@@ -6,7 +6,7 @@ The teacher is a Mamba2ForCausalLM or a dense Llamba (stage 1 of examples/mar ma
 and data= a small Mamba2ForCausalLM is trained on the documentation that Python carries. Presets are in
 examples/spikingmamba/presets; any field may follow as field=value (--help lists them). The same command resumes an
 interrupted run. weights=ternary or binary quantises the student's projections (docs/weights.md). output_dir gets the
-student, metrics.json and figures/.
+student, metrics.json, energy.json (docs/energy.md) and figures/.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spikelm.convert import recipe_of, remember
 from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill import HiddenMatch
 from spikelm.distill.callbacks import CompensationWeight
-from spikelm.energy import estimate
+from spikelm.energy import report as energy_report
 from spikelm.errors import SpikelmError
 from spikelm.experiment import Experiment, embedded_teacher, say, teacher_seconds
 from spikelm.models.llamba import LlambaForCausalLM
@@ -100,7 +100,10 @@ def report(experiment: Experiment, student: PreTrainedModel) -> dict[str, Any]:
     metrics["training"] = {"student": record}
     metrics["wall_s"] = teacher_seconds(run) | {"student": record["wall_s"]}
     metrics["firing"] = experiment.firing(student)
-    metrics["energy"] = estimate(student, metrics["firing"])
+    counted = energy_report(student, experiment.held_out, teacher=experiment.teacher)
+    run.write_json("energy.json", counted.to_dict())
+    counted.plot(experiment.figure("energy.png"))
+    metrics["energy"] = counted.summary()
     if storage := packed_storage(student):
         metrics["storage"] = storage
     plot.loss_curves({"student": experiment.log_of("student")}, experiment.figure("losses.png"))
@@ -125,7 +128,7 @@ def print_table(metrics: dict[str, Any]) -> None:
     print(f"mean |s| {firing['sum_of_rates']:.3f}, share of s != 0 {firing['union_rate']:.3f}")
     print(
         f"energy of dense / spiking, an estimate: projections alone {energy['projections']['benefit']:.2f}, "
-        f"whole model {energy['whole']['benefit']:.2f}"
+        f"everything that is counted {energy['whole']['benefit']:.2f} (energy.json)"
     )
     if "storage" in metrics:
         print(storage_line(metrics["storage"]))

@@ -6,26 +6,39 @@ from dataclasses import dataclass
 
 from spikelm.errors import SpikelmError
 
-_SOURCE = "Horowitz, Computing's energy problem, ISSCC 2014: 45 nm, 0.9 V; arithmetic alone, without moving data"
+_SOURCE = "Horowitz, Computing's energy problem, ISSCC 2014: 45 nm, 0.9 V"
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Picojoules of one multiply-accumulate, multiplication and accumulation; None where the source has none."""
+    """Picojoules of one multiply-accumulate, multiplication and accumulation, and of moving 64 bit.
+
+    Attributes:
+        multiplication: None where the source has none: a multiply-accumulate is taken.
+        on_chip: of one access to a cache of 8 KB, 32 KB and 1 MB.
+        dram: the least and the most of one access.
+    """
 
     name: str
     mac: float
     multiplication: float | None
     accumulation: float
     source: str
+    on_chip: tuple[float, float, float] = (10.0, 20.0, 100.0)
+    dram: tuple[float, float] = (1300.0, 2600.0)
+
+    @property
+    def product(self) -> float:
+        """Of one multiplication."""
+        return self.mac if self.multiplication is None else self.multiplication
 
 
 COSTS: dict[str, CostTable] = {
     table.name: table
     for table in (
         CostTable("45nm-fp32", 4.6, 3.7, 0.9, _SOURCE),
-        CostTable("45nm-fp16", 1.5, None, 0.4, _SOURCE),
-        CostTable("45nm-int8", 0.23, None, 0.03, _SOURCE),
+        CostTable("45nm-fp16", 1.5, 1.1, 0.4, _SOURCE),
+        CostTable("45nm-int8", 0.23, 0.2, 0.03, _SOURCE),
     )
 }
 

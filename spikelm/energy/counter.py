@@ -95,7 +95,7 @@ class OperationCounter(TorchDispatchMode):
         before = module.register_forward_pre_hook(lambda *_: self._scopes.append(name))
         after = module.register_forward_hook(lambda *_: self._leave(), always_call=True)
         self._undo += [before.remove, after.remove]
-        for method in ("encode", "encode_sum"):
+        for method in ("encode", "encode_sum", "steps"):
             if isinstance(module, DynamicsNode) and hasattr(module, method):
                 module.__dict__[method] = self._within(name, getattr(module, method))
                 self._undo.append(lambda method=method: module.__dict__.pop(method))  # type: ignore[misc]
@@ -125,9 +125,16 @@ class OperationCounter(TorchDispatchMode):
             finally:
                 super().__exit__(None, None, None)
         out = func(*args, **kwargs)
-        scope, operator = self._scopes[-1] if self._scopes else "", func._schema.name
+        self._record(func, args, kwargs, out)
+        return out
+
+    @property
+    def _scope(self) -> str:
+        return self._scopes[-1] if self._scopes else ""
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        scope, operator = self._scope, func._schema.name
         for kind, number in operations(operator, args, kwargs, out):
             entry = Entry(scope, operator, kind)
             self.calls[entry] += 1
             self.numbers[entry] += number
-        return out

@@ -12,12 +12,15 @@ Kind = Literal["multiplication", "accumulation", "function", "neuron", "other", 
 # Operators of aten without the underscore of their in-place form. What is not listed here is "unknown".
 _MATRIX_PRODUCTS = set("mm addmm bmm baddbmm mv addmv dot _int_mm".split())
 _REDUCTIONS = set("sum cumsum mean".split())
+_NORMS = set("native_layer_norm native_group_norm".split())
+_FIXED_NORMS = {"_native_batch_norm_legit_no_training"}
+_AVERAGES = set("avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d".split())
 _INDEXED_SUMS = set("index_add scatter_add".split())  # their fourth argument is what they add
 _NAMES: dict[Kind, str] = {
     "multiplication": "mul div pow square reciprocal addcmul addcdiv lerp remainder fmod floor_divide convolution",
     "accumulation": "add sub rsub",
     "function": """exp expm1 log log2 log1p sqrt rsqrt sin cos tan tanh sigmoid log_sigmoid_forward erf silu gelu
-        softplus _softmax _log_softmax logsumexp""",
+        softplus _softmax _log_softmax _safe_softmax logsumexp""",
     "other": """view _unsafe_view _reshape_alias reshape t transpose permute expand squeeze unsqueeze slice select split
         split_with_sizes unbind unfold as_strided diagonal alias detach lift_fresh clone copy _to_copy cat stack index
         index_select index_put gather scatter embedding masked_fill masked_select where nonzero repeat
@@ -25,7 +28,10 @@ _NAMES: dict[Kind, str] = {
         new_full zeros zeros_like ones ones_like full full_like fill zero arange scalar_tensor _local_scalar_dense
         abs neg sign floor ceil round trunc relu clamp clamp_min clamp_max maximum minimum max min amax amin aminmax
         argmax argmin sort topk eq ne lt le gt ge equal isnan isinf isfinite any all logical_and logical_or logical_not
-        logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isin""",
+        logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor isin __and__ __or__ __xor__ __lshift__ __rshift__
+        __iand__ __ior__ __ixor__ __ilshift__ __irshift__ bitwise_left_shift bitwise_right_shift max_pool2d_with_indices
+        heaviside copysign hardtanh leaky_relu unsafe_split lift triu_indices tril_indices bernoulli rand randn
+        uniform normal is_same_size unsafe_chunk argwhere bincount""",
 }
 _KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
@@ -33,7 +39,8 @@ _KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name
 def operations(operator: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[tuple[Kind, int]]:
     """Kind and number of the scalar operations of one call, e.g. of "aten::addmm".
 
-    A product of matrices and a convolution give their multiply-accumulates, as multiplications; a sum its summands;
+    A product of matrices and a convolution give their multiply-accumulates, as multiplications; a sum its summands; a
+    norm three multiplications and three accumulations an element (a batch norm of fixed statistics one each);
     everything else the elements of its result.
     """
     namespace, name = operator.split("::")
@@ -54,6 +61,12 @@ def operations(operator: str, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     if name in _REDUCTIONS:
         added: tuple[Kind, int] = ("accumulation", args[0].numel())
         return [added, ("multiplication", elements)] if name == "mean" else [added]
+    if name in _NORMS:  # the sums of mean and variance, and centring; squares, scale and gain
+        return [("accumulation", 3 * args[0].numel()), ("multiplication", 3 * args[0].numel())]
+    if name in _FIXED_NORMS:  # of known mean and variance: one factor and one summand
+        return [("accumulation", args[0].numel()), ("multiplication", args[0].numel())]
+    if name in _AVERAGES:
+        return [("accumulation", args[0].numel()), ("multiplication", elements)]
     if name in _INDEXED_SUMS:
         return [("accumulation" if kwargs.get("alpha", 1) == 1 else "multiplication", args[3].numel())]
     kind = _KINDS.get(name, "unknown")

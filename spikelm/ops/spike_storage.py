@@ -83,7 +83,7 @@ def linear(
     if torch.compiler.is_compiling():
         return F.linear(spikes, weight, bias)
     kind = spikes.device.type
-    if torch.is_autocast_enabled(kind) and spikes.dtype != torch.float64:
+    if not spikes.is_meta and torch.is_autocast_enabled(kind) and spikes.dtype != torch.float64:
         spikes = _shared_cast(spikes, torch.get_autocast_dtype(kind))
     if not _worth_it(spikes, weight, code):
         return F.linear(spikes, weight, bias)

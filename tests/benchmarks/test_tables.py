@@ -18,6 +18,10 @@ def load_tables(repository: Path, monkeypatch: pytest.MonkeyPatch):
     ("name", "table"),
     [
         ("README.md", "mar"),
+        ("README.md", "systems"),
+        ("docs/students.md", "papers"),
+        ("docs/energy.md", "energy_report"),
+        ("docs/evaluation.md", "evaluation"),
         ("docs/mar.md", "mar"),
         ("docs/spikingmamba.md", "spikingmamba"),
         ("docs/digits.md", "digits"),

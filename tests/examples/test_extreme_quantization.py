@@ -27,7 +27,11 @@ def test_metrics_hold_what_is_promised(finished_extreme_quantization: Path) -> N
         assert set(student["after"]) == set(student["energy"]) == {"2", "16"}
         gaps = {T: sum(after["rate_gaps"].values()) for T, after in student["after"].items()}
         assert gaps["16"] < gaps["2"]
-        assert student["energy"]["16"]["estimate"] == "not measured on hardware"
+        energy = student["energy"]["16"]
+        assert energy["estimate"] == "estimate, not measured on hardware"
+        assert 0 < energy["benefit"] < student["energy"]["2"]["benefit"], "more steps cost more"
+        assert energy["verdict"] == ("better" if energy["benefit"] > 1 else "worse") + " than dense"
+        assert energy["T_times_rate"]["input_neuron"] == 16 * student["after"]["16"]["firing_rates"]["input_neuron"]
     assert all(0 < accuracy <= 1 for accuracy in accuracies)
     stages = metrics["training"]["ternary"]["stages"]
     assert set(stages) == {"internal", "prediction", "spiking"} and stages["spiking"]["rate_gap.layers.0"] > 0

@@ -44,10 +44,14 @@ def test_energy_shows_its_terms(finished_spikingmamba: Path) -> None:
     # 32 wide, expand 2, 16 states, 4 heads of 16: in_proj 32 x (64 + 64 + 2 * 16 + 4), out_proj 64 x 32
     macs = {name: 32 * 164 if name.endswith("in_proj") else 64 * 32 for name in rates}
     assert projections["mac"] == sum(macs.values())
-    assert projections["accumulations"] == pytest.approx(sum(macs[name] * rate for name, rate in rates.items()))
+    measured = sum(macs[name] * rate for name, rate in rates.items())
+    assert projections["accumulations"] == pytest.approx(measured, rel=0.1), "of the first held-out contexts alone"
     expected = table["mac"] * projections["mac"] / (table["accumulation"] * projections["accumulations"])
     assert projections["benefit"] == pytest.approx(expected)
     assert 1 < energy["whole"]["benefit"] < projections["benefit"]
+    whole = json.loads((finished_spikingmamba / "energy.json").read_text())
+    assert set(whole["phases"]) == {"prefill", "decode"} and "teacher" in whole["phases"]["decode"]["energy"]
+    assert energy == {key: value for key, value in whole.items() if key != "phases"}
 
 
 def test_the_student_comes_back_with_frozen_embeddings(finished_spikingmamba: Path) -> None:
