@@ -21,7 +21,7 @@ CLASSIFIER = ("model", "accuracy, %", "rate", "energy, nJ a token", "tokens/s", 
 def systems() -> str:
     """Language models, then classifiers, each beside what it competes with."""
     if not (RESULTS / "systems.json").exists():
-        return "Not measured yet: `python benchmarks/systems.py --help`."
+        return "Not measured yet."
     result = read("systems.json")
     settings, models, classifiers = (result[key] for key in ("settings", "language_models", "classifiers"))
     phase, costs = models[0]["energy"]["phase"], models[0]["energy"]["costs"]
@@ -30,9 +30,9 @@ def systems() -> str:
             markdown(CAUSAL, [_language_model(row) for row in models]),
             "CE in nats a token, held-out TinyStories; BLiMP: share of pairs. Rate: sum over T of mean \\|s\\|, mean "
             "over banks; of BiSpikCLM spikes a neuron and step. Energy: an **estimate, not measured on hardware** "
-            f"({costs}), of a token in {phase} behind {settings['context_length'] // 2}: arithmetic and on-chip data "
-            "with weights reused over T, to all weights from DRAM at every step. Tokens/s: measured, batch 1, through "
-            "generate, students in the form of `deploy`. MB: the weights as saved.",
+            f"({costs}), of a token in {phase} behind {settings['context_length'] // 2} others, batch 1: arithmetic "
+            "and on-chip data with weights reused over T, to all weights from DRAM at every step. Tokens/s: measured, "
+            "batch 1, through generate, students in the form of `deploy`. MB: the weights as saved.",
             markdown(CLASSIFIER, [_classifier(row) for row in classifiers]),
             f"SST-2, the held-out sentences of spikingbert.md, T = {settings['bert_steps']}; rate: spikes a neuron and "
             "step; energy and tokens/s: a sentence at a time. "

@@ -31,7 +31,7 @@ import spikelm
 from spikelm import Recipe
 from spikelm.compare import Measures, open_model, read_contexts, score_model
 from spikelm.convert import spike_sites
-from spikelm.data.classification import encode_rows, load_classification
+from spikelm.data.classification import encode_rows, hold_out_sentences, load_classification
 from spikelm.energy import report
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, firing_statistics, population_statistics
@@ -98,7 +98,7 @@ def language_model(
     ids = next(batches(rows, COUNTED))
     tasks = {name: found["metrics"]["acc"] for name, found in figures["tasks"]["tasks"].items()}
     row = {"text": figures["text"], "blimp": tasks, "parameters": figures["parameters"], "rates": rates(model, rows)}
-    row["energy"] = energy(model, {"input_ids": ids[:, : CONTEXT_LENGTH // 2]})
+    row["energy"] = energy(model, ids[:, : CONTEXT_LENGTH // 2])
     fast = model if deployed is None else deployed(model)  # in place
     return row | {"speed": decoding_speed(fast, ids[:1, :PROMPT], NEW)}
 
@@ -113,12 +113,16 @@ def rates(model: Any, rows: Any) -> dict[str, float] | None:
     return {name: found[name] for name in ("sum_of_rates", "union_rate")}
 
 
-def energy(model: Any, batch: Any) -> dict[str, Any]:
-    """Estimate per token: of decoding where the model decodes."""
-    data = report(model, batch).data
-    phase = data["phases"][data["of"]]
-    kept = {name: {key: found[key] for key in ("arithmetic_pj", "total_pj")} for name, found in phase["energy"].items()}
-    return {"estimate": data["estimate"], "costs": data["costs"]["name"], "phase": data["of"], "energy": kept}
+def energy(model: Any, ids: torch.Tensor | list[torch.Tensor]) -> dict[str, Any]:
+    """Estimate per token, one sequence at a time: of decoding where the model decodes."""
+    batches = [{"input_ids": row.view(1, -1)} for row in ids]
+    data = report(model, batches, max_batches=len(batches)).data
+    name = "decode" if "decode" in data["phases"] else data["of"]
+    kept = {
+        who: {key: found[key] for key in ("arithmetic_pj", "total_pj")}
+        for who, found in data["phases"][name]["energy"].items()
+    }
+    return {"estimate": data["estimate"], "costs": data["costs"]["name"], "phase": name, "energy": kept}
 
 
 def quantised(stage1: Any, data: Any, preset: str, bits: int) -> Any:
@@ -139,10 +143,10 @@ def checkpoint_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def packed_bytes(model: Any) -> int:
-    """Of a model's weights where its quantised ones are stored packed."""
+def saved_bytes(model: Any) -> int:
+    """Of a model's weights, saved."""
     with tempfile.TemporaryDirectory() as directory:
-        spikelm.deploy(model, form="packed").save_pretrained(directory)
+        model.save_pretrained(directory)
         return checkpoint_bytes(Path(directory))
 
 
@@ -170,19 +174,19 @@ def language_models(inputs: Inputs, runs: dict[str, dict[str, Any]]) -> list[dic
         model, tokenizer = open_model(str(directory))
         row = {"name": name, "training_s": trained, "checkpoint_bytes": checkpoint_bytes(directory)}
         rows.append(row | language_model(model, tokenizer, inputs, teacher, deployed))
-    spiking = {row["name"]: row for row in rows}
     for preset, bits, of in (("mar", 5, "MAR"), ("spikingmamba", 4, "SpikingMamba")):
-        model, tokenizer = open_model(str(stage1))
-        first = read_contexts(Measures(data=inputs.data, context_length=CONTEXT_LENGTH), tokenizer)
-        model = quantised(model, first, preset, bits)
+        packed, tokenizer = open_model(str(stage1))
+        text = read_contexts(Measures(data=inputs.data, context_length=CONTEXT_LENGTH), tokenizer)
+        packed = spikelm.deploy(quantised(packed, text, preset, bits), form="packed")
+        model = quantised(open_model(str(stage1))[0], text, preset, bits)
         row = {"name": f"Llamba, {bits}-bit activations and int8 weights at the places of {of}", "training_s": stage1_s}
-        row |= language_model(model, tokenizer, inputs, teacher, lambda model: spikelm.deploy(model))
-        other = spiking[of]["energy"]["energy"]["quantised_student"]
-        row["energy"] = row["energy"] | {"energy": {"model": other}}  # a quantised model pays for zeros too
-        row["rates"] = None
-        copy, _ = open_model(str(stage1))
-        row["checkpoint_bytes"] = packed_bytes(quantised(copy, first, preset, bits))
-        rows.append(row)
+        row |= {"checkpoint_bytes": saved_bytes(packed)}
+        row |= language_model(model, tokenizer, inputs, teacher, spikelm.deploy)
+        ids = next(batches(read_contexts(Measures(inputs.data, CONTEXT_LENGTH, HELD_OUT), tokenizer), COUNTED))
+        estimate = energy(packed, ids[:, : CONTEXT_LENGTH // 2])
+        # A quantised model multiplies by all of its activations, zeros too.
+        row["energy"] = estimate | {"energy": {"model": estimate["energy"]["quantised_student"]}}
+        rows.append(row | {"rates": None})
     return rows
 
 
@@ -193,7 +197,9 @@ def language_models(inputs: Inputs, runs: dict[str, dict[str, Any]]) -> list[dic
 def classifiers(inputs: Inputs, run: dict[str, Any]) -> list[dict[str, Any]]:
     """SpikingBert on held-out sentences of SST-2 beside its teacher; accuracies are those of its run."""
     directory, seconds = inputs.runs / "sst2", run["wall_s"]
-    sentences = load_classification(inputs.sst2)[:BERT_SENTENCES]
+    config = run["config"]
+    _, held_out = hold_out_sentences(load_classification(inputs.sst2), config["held_out"], config["held_out_seed"])
+    sentences = held_out[:BERT_SENTENCES]
     teacher_s, float_s = seconds["teacher"], seconds["float"]
     totals = {"teacher": teacher_s, "float": teacher_s + float_s}
     totals |= {name: totals["float"] + seconds[name] for name in ("ternary", "binary")}
@@ -217,7 +223,7 @@ def classifiers(inputs: Inputs, run: dict[str, Any]) -> list[dict[str, Any]]:
             row["accuracy"] = after["accuracy"]
             row["rates"] = {"firing_rate": sum(populations) / len(populations)}
             row["checkpoint_bytes"] = student.get("storage", {}).get("packed", {}).get("file", row["checkpoint_bytes"])
-        row["energy"] = energy(model, [{"input_ids": ids} for ids in encoded[:COUNTED]])
+        row["energy"] = energy(model, encoded[:COUNTED])
         rows.append(row | {"speed": {"tokens_per_second": reading_speed(model, encoded)}})
     return rows
 
@@ -242,8 +248,9 @@ def main() -> None:
     options = parser.parse_args()
     fields = dict(field.partition("=")[::2] for field in options.fields)
     wanted = {"teacher", "data", "sst2", "blimp"}
-    if set(fields) != wanted:
-        raise SpikelmError(f"the fields {', '.join(sorted(wanted))} are needed; got {', '.join(sorted(fields))}")
+    if set(fields) != wanted or not all(fields.values()):
+        needed = " ".join(f"{name}=..." for name in sorted(wanted))
+        raise SpikelmError(f"{needed} are needed; got {' '.join(options.fields)}")
     inputs = Inputs(fields["teacher"], fields["data"], fields["sst2"], fields["blimp"].split(","), options.runs)
     runs = train_missing(inputs)
     settings = {"context_length": CONTEXT_LENGTH, "energy_contexts": COUNTED, "prompt": PROMPT, "new_tokens": NEW}
@@ -251,6 +258,7 @@ def main() -> None:
         "language_models": language_models(inputs, runs),
         "classifiers": classifiers(inputs, runs["sst2"]),
         "settings": settings | {"bert_steps": BERT_STEPS, "bert_sentences": BERT_SENTENCES},
+        "command": "python benchmarks/systems.py teacher=... data=... sst2=... blimp=...",
         "versions": versions(),
     }
     print(json.dumps(result, indent=1))

@@ -17,6 +17,7 @@ import energy_tables
 import evaluation_tables
 import inference_tables
 import memory_tables
+import spikingbert_tables
 import student_tables
 import system_tables
 from student_tables import RESULTS, ROOT, machine, markdown, read
@@ -281,6 +282,7 @@ def attention() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **student_tables.TABLES,
+    **spikingbert_tables.TABLES,
     **memory_tables.TABLES,
     **inference_tables.TABLES,
     **energy_tables.TABLES,

@@ -43,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_read_source(page: Page, config: MkDocsConfig) -> str | None:
-    """The Markdown of a notebook, executed unless EXECUTE_NOTEBOOKS says otherwise; None for another page."""
+    """The Markdown of a notebook, executed unless SPIKELM_EXECUTE_NOTEBOOKS says otherwise; None for another page."""
     if not page.file.src_uri.endswith(".ipynb"):
         return None
     return notebook_markdown(Path(str(page.file.abs_src_path)), execute=bool(config.extra["execute_notebooks"]))

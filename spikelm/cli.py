@@ -63,8 +63,8 @@ def run_eval(given: argparse.Namespace) -> int:
     """The table of several models."""
     if given.data is None and not given.tasks:
         given.parser.error("--data, --tasks, or both are needed")
-    if given.teacher is not None and given.data is None:
-        given.parser.error("--teacher is compared with on --data")
+    _refuse_without(given, "data", "teacher", "context_length", "held_out", "max_contexts")
+    _refuse_without(given, "tasks", "limit", "num_fewshot", "max_length", "target_delimiter", "seed")
     _require_transformers()
     from spikelm.compare import Measures, compare_models, comparison_table
     from spikelm.run import write_json
@@ -72,7 +72,9 @@ def run_eval(given: argparse.Namespace) -> int:
     output = _writable(given.output)
     fields = ("data", "context_length", "held_out", "max_contexts", "tasks", "target_delimiter", "max_length", "limit")
     measures = Measures(
-        **{name: getattr(given, name) for name in (*fields, "num_fewshot", "seed", "batch_size")},
+        **{name: getattr(given, name) for name in (*fields, "batch_size")},
+        num_fewshot=given.num_fewshot or 0,
+        seed=given.seed or 0,
     )
     result = compare_models(given.model, measures, teacher=given.teacher, device=given.device, dtype=given.dtype)
     for name, figures in result["models"].items():
@@ -84,6 +86,13 @@ def run_eval(given: argparse.Namespace) -> int:
     if output is not None:
         write_json(output, {"command": given.command_line} | result)
     return 0
+
+
+def _refuse_without(given: argparse.Namespace, needed: str, *options: str) -> None:
+    """Usage error for options that would have no effect, because the one that they belong to is not given."""
+    for name in options:
+        if not getattr(given, needed) and getattr(given, name) is not None:
+            given.parser.error(f"--{name.replace('_', '-')} has no effect without --{needed}")
 
 
 def run_generate(given: argparse.Namespace) -> int:
@@ -115,13 +124,14 @@ def run_energy(given: argparse.Namespace) -> int:
     _require_transformers()
     import torch
 
-    from spikelm.compare import Measures, check_model, check_vocabularies, open_model, read_contexts
+    from spikelm.compare import Measures, check_device, check_model, check_vocabularies, open_model, read_contexts
     from spikelm.energy.costs import cost_table
     from spikelm.energy.report import report
-    from spikelm.run import write_json
+    from spikelm.run import versions, write_json
 
     output, picture = _writable(given.output), _writable(given.picture, ".png")
     costs = cost_table(given.costs)
+    check_device(given.device, given.dtype)
     names = [(given.model, "model")] + ([(given.teacher, "teacher")] if given.teacher else [])
     opened = [check_model(name, role) for name, role in names]
     if given.teacher:
@@ -135,7 +145,7 @@ def run_energy(given: argparse.Namespace) -> int:
     result = report(models[0], batch, costs, teacher=models[1] if given.teacher else None)
     print(result.to_markdown())
     if output is not None:
-        write_json(output, result.to_dict())
+        write_json(output, {"command": given.command_line, "versions": versions()} | result.to_dict())
     if picture is not None:
         result.plot(picture)
     return 0
@@ -184,14 +194,14 @@ def _add_eval(commands: Any) -> None:
     )
     add("--output", type=Path, metavar="FILE.json", help="every figure, settings, versions and machine")
     add("--limit", type=_positive, metavar="N", help="only the first N examples of each task")
-    add("--num-fewshot", type=_count, default=0, metavar="N", help="examples before each question (0)")
+    add("--num-fewshot", type=_count, metavar="N", help="examples before each question (0)")
     add("--max-length", type=_positive, metavar="TOKENS", help="seen at once in tasks (what the model takes, or 2048)")
     add("--target-delimiter", metavar="TEXT", help="between prompt and choice of local files (see docs/evaluation.md)")
     add("--context-length", type=_positive, metavar="TOKENS", help="of --data (256, or less if the model takes less)")
     add("--held-out", type=_fraction, metavar="FRACTION", help="only this last part of --data, as the examples do")
     add("--max-contexts", type=_positive, metavar="N", help="only so many contexts of --data")
     add("--batch-size", type=_positive, default=8, metavar="N", help="contexts or requests at a time (8)")
-    add("--seed", type=int, default=0, help="of the few-shot examples (0)")
+    add("--seed", type=_seed, metavar="N", help="of the few-shot examples (0)")
 
 
 def _add_generate(commands: Any) -> None:
@@ -227,6 +237,12 @@ def _positive(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:  # what numpy takes
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
     return int(text)
 
 

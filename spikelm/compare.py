@@ -110,7 +110,7 @@ def compare_models(
     Returns {"models": {name: score_model's figures}, "teacher", "settings", "versions"}, which comparison_table shows
     and JSON takes. What can be refused without loading weights is refused before the first model runs: SpikelmError.
     """
-    if len(set(names)) < len(names):
+    if len({Path(name).resolve() if Path(name).is_dir() else name for name in names}) < len(names):
         raise SpikelmError(f"every model is given once; got {', '.join(names)}")
     check_device(device, dtype)
     opened = {name: check_model(name) for name in names}

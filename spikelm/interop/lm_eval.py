@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 import logging
 import math
 import sys
@@ -73,10 +74,12 @@ def evaluate_tasks(
     for name, value in {"batch_size": batch_size, "limit": limit}.items():
         if value is not None and value < 1:
             raise SpikelmError(f"{name}={value}: at least 1 is accepted")
+    if not 0 <= seed < 2**32:
+        raise SpikelmError(f"seed={seed}: 0 to {2**32 - 1} are accepted")
     length = check_max_length(model.config, max_length)
     loaded = load_tasks(tasks)
     for task in loaded:
-        _check_rows(task, tokenizer, length, num_fewshot)
+        _check_rows(task, tokenizer, length, num_fewshot, limit)
     with evaluation_mode(model), _messages() as messages, _shots_as_before(loaded):
         # lm-eval gives the tokenizer a padding token.
         harness = HFLM(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), max_length=length,
@@ -261,7 +264,9 @@ def _leaves(task: Any) -> list[Any]:
     return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]
 
 
-def _check_rows(task: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, num_fewshot: int) -> None:
+def _check_rows(
+    task: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, num_fewshot: int, limit: int | None
+) -> None:
     """Refuses in a local task what lm-eval would stop at: too few examples, a choice too long to be cut."""
     if getattr(getattr(task, "config", None), "custom_dataset", None) is None:
         return
@@ -270,7 +275,7 @@ def _check_rows(task: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, 
         raise SpikelmError(
             f"num_fewshot={num_fewshot}: task {name} has 0 to {len(rows) - 1} examples beside a question"
         )
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(itertools.islice(rows, limit), 1):
         for choice in row["choices"]:
             tokens = len(tokenizer(choice, add_special_tokens=False, verbose=False)["input_ids"])
             if tokens >= max_length:

@@ -71,7 +71,11 @@ def test_language_models(systems: ModuleType, inputs: Any, monkeypatch: pytest.M
     for row in rows.values():
         assert row["text"]["ce"] > 0 and set(row["blimp"]) == {"pairs"}
         ends = row["energy"]["energy"]["model"]["total_pj"]
-        assert 0 < ends["low"] < ends["high"] and "not measured" in row["energy"]["estimate"]
+        assert (
+            0 < ends["low"] < ends["high"]
+            and row["energy"]["phase"] == "decode"
+            and "not measured" in row["energy"]["estimate"]
+        )
         assert row["speed"]["tokens_per_second"] > 0 and row["checkpoint_bytes"] > 1000
     assert rows["teacher: Llama"]["text"]["kl_to_teacher"] == 0 and rows["teacher: Llama"]["training_s"] is None
     assert {name for name, row in rows.items() if row["rates"]} == {"MAR", "SpikingMamba", "BiSpikCLM"}
@@ -79,7 +83,8 @@ def test_language_models(systems: ModuleType, inputs: Any, monkeypatch: pytest.M
     dense, quantised = rows["Llamba (Mamba-2), dense"], [row for name, row in rows.items() if "-bit" in name]
     for row, of in zip(quantised, ("MAR", "SpikingMamba"), strict=True):
         assert row["checkpoint_bytes"] < dense["checkpoint_bytes"]
-        assert row["energy"]["energy"]["model"] == rows[of]["energy"]["energy"]["quantised_student"]
+        ends, floats = (each["energy"]["energy"] for each in (row, rows[of]))
+        assert ends["model"]["total_pj"]["high"] < floats["quantised_student"]["total_pj"]["high"]  # bytes for floats
         assert row["text"]["ce"] == pytest.approx(dense["text"]["ce"], abs=0.5)
 
 
@@ -109,5 +114,5 @@ def test_what_is_missing_is_trained_in_order(
 
 def test_wrong_fields(systems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["systems.py", "teacher=somewhere", "text=else"])
-    with pytest.raises(SpikelmError, match="the fields blimp, data, sst2, teacher are needed; got teacher, text"):
+    with pytest.raises(SpikelmError, match=r"sst2=\.\.\. teacher=\.\.\. are needed; got teacher=somewhere text=else"):
         systems.main()
