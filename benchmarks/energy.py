@@ -1,16 +1,22 @@
 """Energy reports of trained students, and of the papers' models by their shapes, for docs/energy.md.
 
-    python benchmarks/energy.py run=runs/stories student=runs/pareto/students/KEY[,..] data=tinystories.txt \\
+    python benchmarks/energy.py run=runs/stories data=tinystories.txt \\
+        student=runs/pareto/students/78c8aebdb0de,runs/pareto/students/0e8145a165b9 \\
         --output benchmarks/results/energy.json
 
-run is a directory of examples/mar, which names the teacher and the contexts; counted are 16 held-out ones. Of models of
-a billion parameters the shapes are counted, without weights.
+run is the output_dir of a finished examples/mar/train.py, which names the teacher and the contexts; counted are 16
+held-out ones. The students are of examples/mar/pareto.py, which names them after their row: 78c8aebdb0de is T = 4, tau
+0.5, 1,200 steps without a target, 0e8145a165b9 3,500 steps with the target 0.5. Of models of a billion parameters the
+shapes are counted, without weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, Mamb
 from spikelm import spikify
 from spikelm.data import load_contexts
 from spikelm.energy import report
+from spikelm.errors import SpikelmError
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.run import command_line, versions, write_json
 
 CONTEXTS = 16
+FIELDS = {"run", "student", "data"}
 LLAMBA_1B = LlambaConfig(
     vocab_size=128256,
     d_model=2048,
@@ -45,6 +53,35 @@ MAMBA2_1_3B = Mamba2Config(
 )
 
 
+def fields_of(given: Sequence[str]) -> dict[str, str]:
+    """The three fields, each once."""
+    fields = dict(field.partition("=")[::2] for field in given)
+    if len(given) != len(FIELDS) or set(fields) != FIELDS or not all(fields.values()):
+        raise SpikelmError(
+            f"run=DIRECTORY student=DIRECTORY[,..] data=FILE are needed, each once; got {' '.join(given)}"
+        )
+    return fields
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Of a finished run: its teacher and its contexts."""
+    try:
+        config = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["config"]
+        settings = {name: config[name] for name in ("teacher", "context_length", "held_out")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpikelmError(f"run must be the output_dir of a finished examples/mar/train.py; got {run}") from error
+    if settings["teacher"] == "embedded":
+        settings["teacher"] = str(run / "teacher")
+    return settings
+
+
+def check_directory(role: str, name: str | Path) -> str | Path:
+    """The directory of a saved model; SpikelmError for another one."""
+    if not (Path(name) / "config.json").is_file():
+        raise SpikelmError(f"{role} must be a directory written by save_pretrained; got {name or 'nothing'}")
+    return name
+
+
 def load(directory: str | Path) -> Any:
     """A model in eval mode."""
     return AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -64,16 +101,18 @@ def main() -> None:
     parser.add_argument("fields", nargs="+", help="run=DIRECTORY student=DIRECTORY[,..] data=FILE")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    fields = dict(field.split("=", 1) for field in options.fields)
-    config = json.loads((Path(fields["run"]) / "metrics.json").read_text())["config"]
-    tokenizer = AutoTokenizer.from_pretrained(Path(fields["run"]) / "stage1")
-    _, held_out = load_contexts(fields["data"], tokenizer, config["context_length"], held_out=config["held_out"])
+    fields = fields_of(options.fields)
+    if options.output and not options.output.parent.is_dir():
+        raise SpikelmError(f"--output must be a file in a directory that exists; got {options.output}")
+    settings = settings_of(Path(fields["run"]))
+    names = [check_directory("student", name) for name in fields["student"].split(",")]
+    teacher = load(check_directory("the run's teacher", settings["teacher"]))
+    tokenizer = AutoTokenizer.from_pretrained(check_directory("the run's stage1", Path(fields["run"]) / "stage1"))
+    _, held_out = load_contexts(fields["data"], tokenizer, settings["context_length"], held_out=settings["held_out"])
+    if len(held_out) < CONTEXTS:
+        raise SpikelmError(f"data must have {CONTEXTS} held-out contexts; {fields['data']} has {len(held_out)}")
     contexts = [{"input_ids": held_out[i]["input_ids"]} for i in range(CONTEXTS)]  # one sequence at a time
-    teacher = load(config["teacher"])
-    students = [
-        report(load(name), contexts, teacher=teacher, max_batches=CONTEXTS).data
-        for name in fields["student"].split(",")
-    ]
+    students = [report(load(name), contexts, teacher=teacher, max_batches=CONTEXTS).data for name in names]
     result = {
         "students": students,
         "shapes": {
@@ -81,6 +120,7 @@ def main() -> None:
             "mamba2-1.3b": shapes(Mamba2ForCausalLM, MAMBA2_1_3B, "spikingmamba"),
         },
         "contexts": [CONTEXTS, len(held_out[0]["input_ids"])],
+        "command": shlex.join(["python", "benchmarks/energy.py", *sys.argv[1:]]),
         "versions": versions(),
     }
     if options.output:

@@ -41,7 +41,7 @@ def energy_benefits() -> str:
             rate = f"{phase['projections']['sum_of_rates']:.2f}"
             lines.append([f"{place}, {name}", rate, *(f"{value:.2f}" for value in (*factors, quantised))])
     columns = (
-        *("student", "sum of rates", "projections alone", "everything"),
+        *("student", "accumulations per MAC", "projections alone", "everything"),
         *(
             "+ on chip, reuse over T",
             "+ DRAM, reuse over T",

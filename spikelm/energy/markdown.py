@@ -63,8 +63,7 @@ def joules(picojoules: float | None) -> str:
 def _terms(phase: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, term in phase["terms"].items():
-        replaced = term["accumulations"]
-        rows.append([name, number(term["mac"]), "as dense" if replaced is None else number(replaced)])
+        rows.append([name, number(term["mac"]), _replaced(term, "as dense", term["accumulations"] is not None)])
     scan = phase["scan"]
     if scan:
         rows.append(["scan by its recurrence, 3 MAC a state", number(scan["mac_by_recurrence"]), ""])
@@ -121,7 +120,7 @@ def _products(phase: Mapping[str, Any], most: int) -> list[str]:
             row["operator"].split("::")[1],
             row["shape"],
             number(row["mac"]),
-            number(row["accumulations"]) if row["accumulations"] is not None or row["spiking"] else "dense",
+            _replaced(row, "dense", row["accumulations"] is not None or row["spiking"]),
             *(_spread(row[rate]) for rate in ("sum_of_rates", "union_rate")),
         ]
         for row in found
@@ -130,6 +129,14 @@ def _products(phase: Mapping[str, Any], most: int) -> list[str]:
     left_out = len(phase["products"]) - len(found)
     note = ["", f"{left_out} more products have fewer MAC each."] if left_out else []
     return table(columns, rows) + note
+
+
+def _replaced(found: Mapping[str, Any], dense: str, some: bool) -> str:
+    """The accumulations, and the MAC that some calls without spikes still take."""
+    if not some:
+        return dense
+    left = found.get("mac_dense")
+    return number(found["accumulations"]) + (f" and {number(left)} MAC" if left else "")
 
 
 def _spread(values: Mapping[str, float] | None) -> str:

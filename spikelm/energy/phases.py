@@ -13,7 +13,7 @@ from spikingjelly.activation_based.base import MemoryModule
 from torch import nn
 
 from spikelm.energy.attention import PlainAttention
-from spikelm.energy.spikes import Flow, mark, tensors_in
+from spikelm.energy.spikes import Flow, mark, marks_forgotten, tensors_in
 from spikelm.energy.trace import Trace
 from spikelm.errors import SpikelmError
 
@@ -65,7 +65,7 @@ def batches_of(model: nn.Module, data: Any, most: int) -> list[dict[str, Any]]:
 def _batch(model: nn.Module, item: Any, device: torch.device) -> dict[str, Any]:
     if isinstance(item, torch.Tensor):
         named = hasattr(model, "config") and not item.is_floating_point()
-        return {"input_ids" if named else "": item.to(device)}
+        return _filled({"input_ids" if named else "": item.to(device)})
     if not isinstance(item, Mapping):
         raise SpikelmError(f"a batch is a tensor or a mapping of tensors; got {type(item).__name__}")
     batch = {}
@@ -73,11 +73,34 @@ def _batch(model: nn.Module, item: Any, device: torch.device) -> dict[str, Any]:
         if name in _NO_INPUTS:
             continue
         if isinstance(value, list):  # a row of a dataset
-            value = torch.as_tensor(value).unsqueeze(0)
+            value = _row(name, value).unsqueeze(0)
         batch[name] = value.to(device) if isinstance(value, torch.Tensor) else value
     if not any(True for _ in tensors_in(batch)):
         raise SpikelmError(f"a batch holds a tensor at least; got {', '.join(map(str, item)) or 'nothing'}")
+    return _filled(batch)
+
+
+def _row(name: str, values: list[Any]) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SpikelmError(
+            f"a list in a batch is one row of numbers, rows of one length within it; {name} is not: {error}"
+        ) from error
+
+
+def _filled(batch: dict[str, Any]) -> dict[str, Any]:
+    name, first = _main_input(batch)
+    if not first.numel():
+        raise SpikelmError(f"a batch holds one sample or token at least; got {name or 'a tensor'} {list(first.shape)}")
     return batch
+
+
+def _main_input(batch: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
+    """Name and tensor of what the units are counted by."""
+    if isinstance(batch.get("input_ids"), torch.Tensor):
+        return "input_ids", batch["input_ids"]
+    return next((name, tensor) for name, value in batch.items() for tensor in tensors_in(value))
 
 
 def is_causal_lm(model: Any, batch: Mapping[str, Any]) -> bool:
@@ -86,26 +109,51 @@ def is_causal_lm(model: Any, batch: Mapping[str, Any]) -> bool:
     return bool(generates) and "input_ids" in batch and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def run_phases(model: nn.Module, batches: list[dict[str, Any]]) -> Phases:
-    """Counts every phase of every batch; states of SpikingJelly's and snnTorch's neurons start and end at rest."""
+def run_phases(model: nn.Module, batches: list[dict[str, Any]], time_steps: int | None = None) -> Phases:
+    """Counts every phase of every batch; states of SpikingJelly's and snnTorch's neurons start and end at rest.
+
+    ``time_steps`` are those that the network runs; None where its neurons say it.
+    """
     tokens = "input_ids" in batches[0]
     found = Phases("token" if tokens else "sample")
     for batch in batches:
         reset(model)
         try:
             if is_causal_lm(model, batch):
-                _run_causal(model, batch, found)
+                with marks_forgotten():
+                    _run_causal(model, batch, found, time_steps)
             else:
-                trace, _ = _traced(model, batch)
-                _add(found, "forward", Pass(trace, _units(model, batch, trace)))
+                _add(found, "forward", _run_forward(model, batch, time_steps))
         finally:
             reset(model)
     return found
 
 
-def _run_causal(model: nn.Module, batch: dict[str, Any], found: Phases) -> None:
+def _run_forward(model: nn.Module, batch: dict[str, Any], time_steps: int | None) -> Pass:
+    """One forward, and another where it shows that the input's first axis is time though it was not taken for it."""
+    name, first = _main_input(batch)
+    if name == "input_ids" or first.dim() < 2:
+        with marks_forgotten():
+            trace, _ = _traced(model, batch, time_steps)
+        return Pass(trace, first.numel() if name == "input_ids" else len(first) if first.dim() else 1)
+    multi_step = any(getattr(part, "step_mode", "s") == "m" for part in model.modules())
+    supposed = multi_step and not hasattr(model, "config")
+    trace = _run_with_axis(model, batch, time_steps, supposed)
+    sequence = trace.takes_sequence()
+    if sequence != supposed:
+        reset(model)
+        trace = _run_with_axis(model, batch, time_steps, sequence)
+    return Pass(trace, first.shape[1] if sequence else len(first))
+
+
+def _run_with_axis(model: nn.Module, batch: dict[str, Any], time_steps: int | None, sequence: bool) -> Trace:
+    with marks_forgotten():
+        return _traced(model, batch, time_steps, _main_input(batch)[1], sequence)[0]
+
+
+def _run_causal(model: nn.Module, batch: dict[str, Any], found: Phases, time_steps: int | None) -> None:
     ids = batch["input_ids"]
-    trace, out = _traced(model, {**batch, "use_cache": True})
+    trace, out = _traced(model, {**batch, "use_cache": True}, time_steps)
     name = cache_name(out)
     cache = None if name is None else getattr(out, name)
     first = Pass(trace, ids.numel(), len(ids))
@@ -115,7 +163,7 @@ def _run_causal(model: nn.Module, batch: dict[str, Any], found: Phases) -> None:
         found.missing["decode"] = f"{type(model).__name__} returns no cache"
         return
     before = _cache_bytes(cache)
-    trace, _ = _traced(model, next_call(model, batch, out, name))
+    trace, _ = _traced(model, next_call(model, batch, out, name), time_steps)
     second = Pass(trace, len(ids), len(ids), _moved(before, _cache_bytes(cache)), _scan_state(cache))
     _add(found, "decode", second)
 
@@ -140,15 +188,23 @@ def _add(found: Phases, phase: str, one: Pass) -> None:
     found.passes.setdefault(phase, []).append(one)
 
 
-def _traced(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Trace, Any]:
-    steps = _input_steps(model, batch)
+def _traced(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    time_steps: int | None,
+    first: torch.Tensor | None = None,
+    sequence: bool = False,
+) -> tuple[Trace, Any]:
+    """``first``: the tensor of the batch whose first axis is followed, and is time in a ``sequence``."""
     marked = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
+            length = len(first) if first is not None and value.dim() > 1 and len(value) == len(first) else 0
+            followed = length if value is first else 0
             value = value.detach()  # a tensor of our own, to put a mark on
-            mark(value, Flow(steps))
+            mark(value, Flow(max(1, length) if sequence else 1, None, followed))
         marked[name] = value
-    trace = Trace(model)
+    trace = Trace(model, time_steps)
     with PlainAttention(), trace:
         return trace, call(model, marked)
 
@@ -156,22 +212,6 @@ def _traced(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Trace, Any]:
 def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """The model's output for a batch."""
     return model(batch[""]) if set(batch) == {""} else model(**batch)
-
-
-def _input_steps(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """T where a SpikingJelly network takes x_seq [T, N, *]."""
-    x = batch.get("")
-    several = isinstance(model, nn.Module) and any(getattr(part, "step_mode", "s") == "m" for part in model.modules())
-    return len(x) if several and isinstance(x, torch.Tensor) and x.dim() > 1 and not hasattr(model, "config") else 1
-
-
-def _units(model: nn.Module, batch: Mapping[str, Any], trace: Trace) -> int:
-    if "input_ids" in batch:
-        return int(batch["input_ids"].numel())
-    first = next(tensors_in(dict(batch)))
-    if _input_steps(model, batch) > 1:
-        return first.shape[1]
-    return len(first) if first.dim() else 1
 
 
 def _cache_tensors(cache: Any) -> dict[str, torch.Tensor]:

@@ -22,21 +22,26 @@ def energy_of(phase: Row, table: CostTable) -> dict[str, Any]:
 
 
 def projections(phase: Row, table: CostTable) -> dict[str, Any] | None:
-    """The products with a weight that spikes enter, alone, as the papers count; None where nothing spikes."""
+    """The products with a weight that spikes enter, alone, as the papers count; None where nothing spikes.
+
+    "sum_of_rates" is accumulations per MAC, that is weighted by the weights behind a bank, of calls with spikes.
+    """
     rows = [row for row in phase["products"] if row["spiking"] and row["role"] == "projection"]
     if not rows:
         return None
     mac = sum(row["mac"] for row in rows)
+    entered = sum(row["mac"] * (1 - _share_dense(row)) for row in rows)
     accumulations = _sum_or_none(row["accumulations"] for row in rows)
     multiplications = sum(row["multiplications"] for row in rows)
     dense, spiking = table.mac * mac, None
     if accumulations is not None:
-        spiking = table.accumulation * accumulations + table.product * multiplications
+        left = table.mac * sum(row["mac_dense"] for row in rows)
+        spiking = table.accumulation * accumulations + table.product * multiplications + left
     return {
         "mac": mac,
         "accumulations": accumulations,
         "multiplications": multiplications,
-        "sum_of_rates": None if accumulations is None else accumulations / mac,
+        "sum_of_rates": None if accumulations is None or not entered else accumulations / entered,
         "dense_pj": dense,
         "spiking_pj": spiking,
         "benefit": benefit(dense, spiking),
@@ -66,7 +71,7 @@ def benefit(dense: float, spiking: float | None) -> float | None:
 
 
 def terms_of(phase: Row) -> dict[str, dict[str, Any]]:
-    """MAC of one dense pass by role, and what replaces them; None where a term stays dense."""
+    """MAC of one dense pass by role, what replaces them (None where a term stays dense), and those left as they are."""
     names = {
         "projection": "dense projections",
         "head": "head",
@@ -78,8 +83,9 @@ def terms_of(phase: Row) -> dict[str, dict[str, Any]]:
         name = names[row["role"]]
         if row["spiking"]:
             name = {"dense projections": "spiking projections"}.get(name, f"spiking {name}")
-        term = found.setdefault(name, {"mac": 0.0, "accumulations": None, "multiplications": None})
+        term = found.setdefault(name, {"mac": 0.0, "accumulations": None, "multiplications": None, "mac_dense": 0.0})
         term["mac"] += row["mac"]
+        term["mac_dense"] += row["mac_dense"]
         for key in ("accumulations", "multiplications"):
             if row["accumulations"] is not None:
                 term[key] = (term[key] or 0.0) + row[key]
@@ -87,15 +93,15 @@ def terms_of(phase: Row) -> dict[str, dict[str, Any]]:
 
 
 def _model_parts(phase: Row, table: CostTable) -> dict[str, float | None]:
-    spiking = [row for row in phase["products"] if row["accumulations"] is not None or row["spiking"]]
-    dense = [row for row in phase["products"] if row["accumulations"] is None and not row["spiking"]]
-    added = _sum_or_none(row["accumulations"] for row in spiking)
+    replaced = [row for row in phase["products"] if row["accumulations"] is not None or row["spiking"]]
+    dense = sum(row["mac_dense"] for row in phase["products"])
+    added = _sum_or_none(row["accumulations"] for row in replaced)
     scaled = table.product * sum(row["multiplications"] for row in phase["products"])
     parts: dict[str, float | None] = {}
-    if spiking:
+    if replaced:
         parts["accumulated products"] = None if added is None else table.accumulation * added + scaled
     if dense:
-        parts["dense products"] = table.mac * sum(row["mac_executed"] for row in dense)
+        parts["dense products"] = table.mac * dense
     if phase["neurons"]:
         parts["neurons"] = _neuron_pj(phase["neurons"], table)
     return parts | _elementwise_pj(phase["elementwise"], "executed", table)
@@ -130,12 +136,21 @@ def _dense_parts(phase: Row, table: CostTable) -> dict[str, float | None]:
 
 def _quantised_parts(phase: Row, table: CostTable) -> dict[str, float | None]:
     """A product of b-bit activations is b shift-and-add accumulations a MAC, and none is skipped [ours]."""
+    added = dense = 0.0
+    for row in phase["products"]:
+        share = _share_dense(row) if row["spiking"] else 1.0
+        added += row["mac"] * (1 - share) * (row["bits"] or 0)
+        dense += row["mac"] * share
     parts: dict[str, float | None] = {
-        "accumulated products": table.accumulation
-        * sum(row["mac"] * row["bits"] for row in phase["products"] if row["spiking"]),
-        "dense products": table.mac * sum(row["mac"] for row in phase["products"] if not row["spiking"]),
+        "accumulated products": table.accumulation * added,
+        "dense products": table.mac * dense,
     }
     return parts | _elementwise_pj(phase["elementwise"], "once", table)
+
+
+def _share_dense(row: Row) -> float:
+    """Of a product, what runs in calls that neither spikes nor weights of one magnitude replace."""
+    return float(row["mac_dense"] / row["mac_executed"]) if row["mac_executed"] else 0.0
 
 
 def _model_bytes(phase: Row) -> dict[str, dict[str, float]]:

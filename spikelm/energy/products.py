@@ -19,7 +19,8 @@ class Product:
     """All calls of one product in a phase, summed.
 
     Attributes:
-        mac: multiply-accumulates of one dense pass; ``mac_executed`` those of every time step that ran.
+        mac: multiply-accumulates of one dense pass; ``mac_executed`` those of every time step that ran, ``mac_dense``
+            those of them that neither spikes nor weights of one magnitude replace.
         accumulations: that take their place; None where it stays dense, or where spikes have no values (meta).
         multiplications: of outputs, by the weight of a frame or the scale of quantised weights.
         spikes: that entered.
@@ -40,6 +41,7 @@ class Product:
     calls: int = 0
     mac: float = 0.0
     mac_executed: float = 0.0
+    mac_dense: float = 0.0
     accumulations: float | None = None
     multiplications: float = 0.0
     spikes: float | None = None
@@ -119,8 +121,11 @@ def add_call(product: Product, sides: Sides, args: Sequence[Any], out: torch.Ten
         _add_spikes(product, sides, args, out, found, flows, steps)
     else:
         product.weight_reads += product.weight_bytes * steps
-        if weight is not None and not convolution:
-            _add_codes(product, sides, out)
+        codes = codes_of(_by_output(sides)) if weight is not None and not convolution else None
+        if codes is None:
+            product.mac_dense += executed
+        else:
+            _add_codes(product, codes, sides, out)
         return
     if weight is not None and not convolution:
         product.multiplications += out.numel() * (codes_of(_by_output(sides)) or Codes(0, False)).scaled
@@ -190,11 +195,8 @@ def _add_rates(product: Product, rows: torch.Tensor, steps: int) -> None:
     product.unions.append((tokens > 0).double().mean(-1).cpu())
 
 
-def _add_codes(product: Product, sides: Sides, out: torch.Tensor) -> None:
+def _add_codes(product: Product, codes: Codes, sides: Sides, out: torch.Tensor) -> None:
     """Weights of one magnitude (binary, ternary) are added and subtracted, and their sum scaled once."""
-    codes = codes_of(_by_output(sides))
-    if codes is None:
-        return
     outputs = _sizes(sides)[2] if flow_of(sides.right) is None else _sizes(sides)[0]
     product.accumulations = (product.accumulations or 0.0) + codes.nonzero * out.numel() / max(outputs, 1)
     product.multiplications += out.numel() * codes.scaled
@@ -237,7 +239,7 @@ def _sizes(sides: Sides) -> tuple[int, int, int]:
 def merge(product: Product, more: Product) -> None:
     """Adds the calls of ``more`` within one pass of the model."""
     for name in (
-        *("calls", "mac", "mac_executed", "multiplications", "weight_reads"),
+        *("calls", "mac", "mac_executed", "mac_dense", "multiplications", "weight_reads"),
         *("steps_called", "spike_inputs", "real_inputs", "outputs", "executed"),
     ):
         setattr(product, name, getattr(product, name) + getattr(more, name))

@@ -49,8 +49,13 @@ class Report:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Report:
-        """A report that was written."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        """A report that was written; SpikelmError for a file that is missing or is no such report."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpikelmError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # neither JSON nor text
+            raise SpikelmError(f"{path} is no report of spikelm.energy, and no JSON: {error}") from error
         if not isinstance(data, dict) or DISCLAIMER != data.get("estimate"):
             raise SpikelmError(f"{path} is no report of spikelm.energy")
         return cls(data)
@@ -60,7 +65,9 @@ class Report:
         return to_markdown(self.data, products)
 
     def plot(self, path: str | Path) -> Path:
-        """Bars of the energy by part, phases side by side, model and baselines; returns the path (PNG)."""
+        """Bars of the energy by part, phases side by side, model and baselines, to a .png; returns its path."""
+        if Path(path).suffix.lower() != ".png":
+            raise SpikelmError(f"a report is drawn to a file that ends in .png; got {path}")
         from spikelm.energy.picture import draw
 
         return draw(self.data, path)
@@ -74,13 +81,15 @@ def report(
     teacher: nn.Module | None = None,
     measure: bool = False,
     max_batches: int = 8,
+    time_steps: int | None = None,
 ) -> Report:
     """Counts what a model runs for a batch, operator by operator, and what that would cost by a table of costs.
 
     Takes any nn.Module: of transformers, a SpikingJelly or snnTorch network, spiking or not, deployed or not; no class
     of models is known to it. A causal LM is counted for prefill (the batch) and decode (one token more, from the
-    cache), everything else for one forward. Counting is slow, several times a plain pass. On the meta device shapes are
-    counted alone: rates and what follows from them are None.
+    cache), everything else for one forward. ``data["phases"]`` has all; what stands beside it ("terms", "projections",
+    "whole") is of the phase that ``data["of"]`` names, of a causal LM prefill. Counting is slow, several times a plain
+    pass. On the meta device shapes are counted alone: rates and what follows from them are None.
 
     Args:
         batch_or_dataset: a tensor, a mapping of tensors (keyword arguments; labels are left out), or an iterable of
@@ -88,18 +97,25 @@ def report(
         costs: a name in ``spikelm.energy.COSTS``, or a table.
         teacher: counted on the same batches, as another baseline.
         measure: also measure the latency here, and NVML's energy where there is a GPU.
-        max_batches: of an iterable, so many are taken.
+        max_batches: of an iterable, so many are taken, 1 or more.
+        time_steps: how many steps the neurons run from rest to rest. None: T where modules run in SpikingJelly's step
+            mode "m", else how often the neurons are called between resets, if all are called equally often. Give it
+            where that is not time: 1 for two inputs that share neurons which nobody resets.
 
     Neurons of SpikingJelly and snnTorch start every batch, and are left, at rest.
 
     Raises:
-        SpikelmError: no batch, another kind of batch, or unknown costs.
+        SpikelmError: no batch, an empty one or another kind of batch, unknown costs, a max_batches below 1, or
+            time_steps that the neurons do not run.
     """
+    for name, value in (("max_batches", max_batches), ("time_steps", time_steps)):
+        if not (name == "time_steps" and value is None) and (type(value) is not int or value < 1):
+            raise SpikelmError(f"{name} must be a whole number, 1 or more; got {value!r}")
     table = cost_table(costs)
     if not isinstance(model, nn.Module) or not (teacher is None or isinstance(teacher, nn.Module)):
         raise SpikelmError(f"report takes an nn.Module; got {type(model).__name__}, teacher {type(teacher).__name__}")
     batches = batches_of(model, batch_or_dataset, max_batches)
-    data: dict[str, Any] = _counted(model, batches, table)
+    data: dict[str, Any] = _counted(model, batches, table, time_steps)
     if teacher is not None:
         other = _counted(teacher, batches_of(teacher, batches, max_batches), table)
         for name, phase in data["phases"].items():
@@ -112,9 +128,11 @@ def report(
     return Report(data)
 
 
-def _counted(model: nn.Module, batches: list[dict[str, Any]], table: CostTable) -> dict[str, Any]:
+def _counted(
+    model: nn.Module, batches: list[dict[str, Any]], table: CostTable, time_steps: int | None = None
+) -> dict[str, Any]:
     with evaluation_mode(model), torch.no_grad():
-        found = run_phases(model, batches)
+        found = run_phases(model, batches, time_steps)
     phases: dict[str, Any] = {}
     for name, passes in found.passes.items():
         phase = phase_rows(passes)

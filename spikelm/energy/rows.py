@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from spikelm.energy.phases import Pass
+from spikelm.energy.populations import Population
 from spikelm.energy.products import Product
-from spikelm.energy.trace import Population
+from spikelm.energy.trace import Trace
 
 _MEMBRANE = 8  # bytes of one membrane read and written again, float32
-_SUMS = ("mac", "mac_executed", "multiplications", "accumulations", "spikes")
+_SUMS = ("mac", "mac_executed", "mac_dense", "multiplications", "accumulations", "spikes")
 
 
 def phase_rows(passes: list[Pass]) -> dict[str, Any]:
@@ -38,11 +40,21 @@ def phase_rows(passes: list[Pass]) -> dict[str, Any]:
 def _product_rows(passes: list[Pass], units: int) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for one in passes:
-        repeats = one.trace.repeats()
+        together: dict[tuple[str, str, str], list[Product]] = {}  # spikes may enter some calls and numbers others
         for (scope, operator, shape, _), product in one.trace.products.items():
-            row = rows.setdefault((scope, operator, shape), _empty_row(product))
-            _add(row, _once(product, repeats))
+            together.setdefault((scope, operator, shape), []).append(product)
+        for key, parts in together.items():
+            row = rows.setdefault(key, _empty_row(parts[0]))
+            calls = sum(part.calls for part in parts)
+            for part in parts:
+                _add(row, _once(part, one.trace, calls))
+            row["weights"] += max(_weights_read(part) for part in parts)  # once a pass, whoever wants them
     return [_finished(row, units) for row in rows.values()]
+
+
+def _weights_read(product: Product) -> float:
+    """Bytes of the weights that some token needs."""
+    return product.weight_bytes * (1.0 if product.active is None else float(product.active.double().mean()))
 
 
 def _empty_row(product: Product) -> dict[str, Any]:
@@ -65,26 +77,53 @@ def _empty_row(product: Product) -> dict[str, Any]:
     }
 
 
-def _once(product: Product, repeats: int) -> Product:
-    """The product of a network that runs step by step, whose calls are the steps of one dense pass."""
-    if product.calls % repeats:  # a way back has nothing to bring at the first step
-        repeats = product.calls if product.calls < repeats else 1
-    if repeats == 1:
+class Passes(NamedTuple):
+    """How many dense passes some calls are, and how many calls the longest of them takes."""
+
+    number: int
+    longest: int
+
+
+def _passes(calls: int, trace: Trace) -> Passes:
+    """Of a network that runs step by step, the calls in its loop are time steps of a pass, those beside it are passes.
+
+    A way back brings nothing at the first step, and is called once less.
+    """
+    repeats, restarts = trace.repeats(), trace.restarts()
+    if repeats > 1 and calls == restarts * (repeats - 1):
+        return Passes(restarts, repeats - 1)
+    looped, left = divmod(calls, repeats)
+    if left and left == repeats - 1:
+        return Passes(looped + 1, repeats if looped else left)
+    return Passes(looped + left, repeats if looped else 1)
+
+
+def _once(product: Product, trace: Trace, calls: int) -> Product:
+    """One pass after another of a product that has ``calls`` in all, some perhaps without spikes."""
+    passes, longest = _passes(calls, trace)
+    if passes == calls:
         return product
+    whole = calls == passes * longest
     return replace(
         product,
-        rates=[torch.stack(part).sum(0) for part in _groups(product.rates, repeats)],
+        rates=[torch.stack(part).sum(0) for part in _groups(product.rates, longest, trace.restarts()) if whole],
         unions=[],
-        steps=product.steps_called * repeats // product.calls,
-        **{name: getattr(product, name) / repeats for name in ("mac", "spike_inputs", "real_inputs", "outputs")},
+        steps=product.steps_called * longest // product.calls,
+        **{name: getattr(product, name) * passes / calls for name in ("mac", "spike_inputs", "real_inputs", "outputs")},
     )
 
 
-def _groups(rates: list[torch.Tensor], repeats: int) -> list[list[torch.Tensor]]:
-    calls = len(rates) // repeats  # of one step, were the scope called several times in it
-    if not calls or len({len(rate) for rate in rates}) != 1:
+def _groups(rates: list[torch.Tensor], repeats: int, restarts: int) -> list[list[torch.Tensor]]:
+    """The rates of the steps of every pass."""
+    if len({len(rate) for rate in rates}) != 1:
         return []
-    return [rates[place::calls] for place in range(calls)]
+    if len(rates) < repeats:  # at the other steps no spikes have entered
+        return [rates]
+    runs = restarts if len(rates) % (restarts * repeats) == 0 else 1
+    length = len(rates) // runs
+    calls = length // repeats  # of one step, were the scope called several times in it
+    starts = (run * length + place for run in range(runs) for place in range(calls))
+    return [rates[start : start // length * length + length : calls] for start in starts]
 
 
 def _add(row: dict[str, Any], product: Product) -> None:
@@ -97,8 +136,6 @@ def _add(row: dict[str, Any], product: Product) -> None:
     if product.spiking:
         row["frames"] = max(row["frames"], product.frames * product.steps)
         row["levels"] = max(row["levels"], product.span * product.steps + 1)
-    share = 1.0 if product.active is None else float(product.active.double().mean())
-    row["weights"] += product.weight_bytes * share
     row["weight_reads"] += product.weight_reads
     row["rates"] += product.rates
     row["unions"] += product.unions
@@ -141,13 +178,16 @@ def spread_of(parts: list[torch.Tensor]) -> dict[str, float] | None:
 
 def _neuron_rows(passes: list[Pass], units: int) -> list[dict[str, Any]]:
     found: dict[str, list[Population]] = {}
+    kept: Counter[str] = Counter()
     for one in passes:
         for scope, population in one.trace.populations.items():
             found.setdefault(scope, []).append(population)
-    return [_neurons(scope, populations, units) for scope, populations in found.items()]
+            number = _passes(population.calls, one.trace).number
+            kept[scope] += population.kept * number // max(population.calls, 1)
+    return [_neurons(scope, populations, kept[scope], units) for scope, populations in found.items()]
 
 
-def _neurons(scope: str, populations: list[Population], units: int) -> dict[str, Any]:
+def _neurons(scope: str, populations: list[Population], kept: int, units: int) -> dict[str, Any]:
     known = [population.spikes for population in populations if population.spikes is not None]
     updates = sum(population.updates for population in populations) / units
     return {
@@ -156,7 +196,7 @@ def _neurons(scope: str, populations: list[Population], units: int) -> dict[str,
         "spikes": sum(known) / units if len(known) == len(populations) else None,
         "multiplications": sum(population.leaks for population in populations) / units,
         "bytes": {
-            "reuse_over_T": _MEMBRANE * sum(population.kept for population in populations) / units,
+            "reuse_over_T": _MEMBRANE * kept / units,
             "no_reuse": _MEMBRANE * updates,
         },
     }
@@ -165,11 +205,11 @@ def _neurons(scope: str, populations: list[Population], units: int) -> dict[str,
 def _elementwise_rows(passes: list[Pass], units: int) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for one in passes:
-        repeats = one.trace.repeats()
-        for (scope, group, kind), (once, executed) in one.trace.elementwise.items():
+        for (scope, group, kind, *_), work in one.trace.elementwise.items():
+            once = work.once * _passes(work.calls, one.trace).number / work.calls
             row = rows.setdefault((scope, group), {"scope": scope, "group": group, "once": {}, "executed": {}})
-            row["once"][kind] = row["once"].get(kind, 0.0) + once / repeats / units
-            row["executed"][kind] = row["executed"].get(kind, 0.0) + executed / units
+            row["once"][kind] = row["once"].get(kind, 0.0) + once / units
+            row["executed"][kind] = row["executed"].get(kind, 0.0) + work.executed / units
     return list(rows.values())
 
 

@@ -1,17 +1,22 @@
 """Where spikes go: every activation carries what is known of it, through whatever moves it, to the product it enters.
 
-A mark is an attribute of the tensor itself. What has none depends on no input: a weight, or what is made of weights.
+Marks are kept beside the tensors, for as long as one pass is counted. What has none depends on no input: a weight, or
+what is made of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-_MARK = "_spikelm_flow"
+from spikelm.energy.time_axis import entries_taken, keeps_first_axis
+
 _RESHAPED = set("view _unsafe_view _reshape_alias reshape".split())
 _SAME = set("clone detach alias _to_copy lift_fresh lift contiguous neg abs".split())
 _MOVED = set(
@@ -44,21 +49,40 @@ class Spikes:
 
 @dataclass(frozen=True)
 class Flow:
-    """Of an activation: how many time steps its first axis holds, alone or folded in, and its spikes if it has some."""
+    """Of an activation: how many time steps its first axis holds, alone or folded in, and its spikes if it has some.
+
+    ``input_length`` is how long the first axis of the network's input is, where that axis is still the first one here;
+    else 0.
+    """
 
     steps: int = 1
     spikes: Spikes | None = None
+    input_length: int = 0
+
+
+_OUTSIDE = WeakIdKeyDictionary()  # what is marked where no pass is counted
+_FLOWS: ContextVar[WeakIdKeyDictionary] = ContextVar("flows", default=_OUTSIDE)
+
+
+@contextmanager
+def marks_forgotten() -> Iterator[None]:
+    """Starts without marks, and leaves none: not on a buffer that the model wrote its input to."""
+    before = _FLOWS.set(WeakIdKeyDictionary())
+    try:
+        yield
+    finally:
+        _FLOWS.reset(before)
 
 
 def flow_of(tensor: Any) -> Flow | None:
     """None for what depends on no input."""
-    found: Flow | None = getattr(tensor, _MARK, None) if isinstance(tensor, torch.Tensor) else None
+    found: Flow | None = _FLOWS.get().get(tensor) if isinstance(tensor, torch.Tensor) else None
     return found
 
 
 def mark(tensor: torch.Tensor, flow: Flow) -> None:
-    """Sets what is known of an activation; a tensor that it is a view of becomes an activation too."""
-    setattr(tensor, _MARK, flow)
+    """Sets what is known of an activation."""
+    _FLOWS.get()[tensor] = flow
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -96,11 +120,13 @@ def spread(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     if name in _MADE:
         return  # the size of an input, none of its values
     steps = _steps_behind(name, args, max(flow.steps for flow in flows))
+    inputs = [(tensor, flow) for tensor in tensors_in(args) if (flow := flow_of(tensor)) and flow.input_length]
     counts = _moved(func, name, args, kwargs, out) if any(flow.spikes for flow in flows) else None
     results = list(tensors_in(out))
     for place, tensor in enumerate(results):
         spikes = counts[place] if counts is not None and len(counts) == len(results) else None
-        mark(tensor, Flow(steps, spikes))
+        kept = [f.input_length for x, f in inputs if keeps_first_axis(name, x, f.input_length, args, tensor)]
+        mark(tensor, Flow(steps, spikes, kept[0] if kept else 0))
         base = tensor._base
         if base is not None and func._schema.is_mutable:  # a part of it was written to: whatever it was, it is no more
             mark(base, Flow(steps))
@@ -120,9 +146,7 @@ def _steps_behind(name: str, args: tuple[Any, ...], steps: int) -> int:
         return steps
     if name in _SUMMED and (along in ([0], 0) or len(args) == 1):
         return 1
-    if name in ("select", "unbind") and along == 0:
-        return 1
-    return steps
+    return 1 if entries_taken(name, first, args) else steps
 
 
 def _moved(

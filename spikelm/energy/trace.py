@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
 from spikelm.energy.counter import OperationCounter
 from spikelm.energy.operations import operations
+from spikelm.energy.populations import (
+    Population,
+    emitted_spikes,
+    is_neuron,
+    leaks,
+    repeats_of,
+    restarts_of,
+    states_of,
+)
 from spikelm.energy.products import Product, add_call, describe, merge, sides_of
 from spikelm.energy.spikes import Flow, Spikes, flow_of, mark, spread, tensors_in
+from spikelm.energy.time_axis import entries_taken
 from spikelm.layers.bit_linear import BitLinear
 from spikelm.layers.spiking_attention import SpikingSelfAttention, StatelessBinaryIF
 from spikelm.layers.ternary_linear import TernaryLinear
-from spikelm.neurons import ATMN, TILIF, DynamicsNode
+from spikelm.neurons import TILIF
 
 _COUNTED = ("multiplication", "accumulation", "function")
 _ENCODINGS = ("encode", "encode_sum", "steps")
+_RESETS = ("reset", "reset_mem")  # of SpikingJelly, of snnTorch
 
 
 @dataclass
-class Population:
-    """A bank of neurons: updates are elements times frames or steps, ``leaks`` those that multiply the
-    membrane, ``kept`` the membranes that a call leaves for the next one."""
+class Work:
+    """Elementwise work of one operator on one size: numbers of one pass and as executed."""
 
     calls: int = 0
-    updates: int = 0
-    leaks: int = 0
-    spikes: float | None = 0.0
-    kept: int = 0
+    once: float = 0.0
+    executed: float = 0.0
 
 
 class Trace(OperationCounter):
@@ -46,30 +52,50 @@ class Trace(OperationCounter):
     Attributes:
         products: (scope, operator, shape, spiking or not) -> Product.
         populations: scope of a neuron -> Population.
-        elementwise: (scope, group, kind) -> numbers, of one pass and as executed.
+        elementwise: (scope, group, kind, operator, numbers of a time step) -> Work.
         unknown: operators that nothing is known of -> calls.
+
+    Args:
+        time_steps: that the network runs; None where its neurons say it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, time_steps: int | None = None) -> None:
         super().__init__(model)
+        self.time_steps = time_steps
         self.products: dict[tuple[str, str, str, bool], Product] = {}
         self.populations: dict[str, Population] = {}
-        self.elementwise: dict[tuple[str, str, str], list[float]] = {}
+        self.elementwise: dict[tuple[str, str, str, str, float], Work] = {}
         self.unknown: Counter[str] = Counter()
         self._modules = dict(model.named_modules())
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._heads = {name for name, module in self._modules.items() if module is head and head is not None}
         self._silent = 0  # how deep in what is counted as a whole
+        self._input_given_whole: bool | None = None  # to the first multi-step module
+        self._entries_taken: set[int] = set()  # of the input's first axis
 
     def repeats(self) -> int:
-        """How often every stateful neuron was called: the time steps of a network that runs step by step."""
-        calls = {population.calls for population in self.populations.values() if population.calls}
-        return calls.pop() if len(calls) == 1 else 1
+        """How many calls make one pass, see repeats_of."""
+        return repeats_of(self.populations.values(), self.time_steps)
+
+    def restarts(self) -> int:
+        """How often the neurons ran from rest to rest."""
+        return restarts_of(self.populations.values())
+
+    def takes_sequence(self) -> bool:
+        """Whether the first axis of the input is time: a multi-step module gets it, or every step takes an entry."""
+        repeats = self.repeats()
+        stepwise = repeats > 1 and self._entries_taken == set(range(repeats))
+        return stepwise or bool(self._input_given_whole)
 
     # ---- what is counted as a whole
 
     def _follow(self, name: str, module: nn.Module) -> None:
         super()._follow(name, module)
+        if getattr(module, "step_mode", "s") == "m":
+            entered = module.register_forward_pre_hook(
+                lambda _, args, kwargs: self._enter_multi_step(args, kwargs), with_kwargs=True
+            )
+            self._undo.append(entered.remove)
         if is_neuron(module):
             before = module.register_forward_pre_hook(lambda *_: self._hush(1))
             after = module.register_forward_hook(
@@ -79,6 +105,9 @@ class Trace(OperationCounter):
             for method in _ENCODINGS:
                 if method in module.__dict__:  # which the counter has put there, and takes away again
                     module.__dict__[method] = self._encoding(name, module, method, module.__dict__[method])
+            for method in _RESETS:
+                if callable(getattr(module, method, None)):
+                    self._replace(module, method, self._resetting(name, getattr(module, method)))
         if isinstance(module, BitLinear):
             self._replace(module, "unscaled", self._within(name, module.unscaled))
         if isinstance(module, TernaryLinear):
@@ -89,6 +118,25 @@ class Trace(OperationCounter):
     def _replace(self, module: nn.Module, method: str, function: Callable[..., Any]) -> None:
         module.__dict__[method] = function
         self._undo.append(lambda: module.__dict__.pop(method))
+
+    def _enter_multi_step(self, args: Any, kwargs: Any) -> None:
+        """The first axis of what a multi-step module takes is time, wherever it comes from."""
+        x_seq = next(tensors_in((args, kwargs)), None)
+        flow = flow_of(x_seq)
+        if self._silent or x_seq is None or flow is None or x_seq.dim() == 0:
+            return
+        if self._input_given_whole is None:
+            self._input_given_whole = 0 < flow.input_length == len(x_seq)
+        if flow.steps == 1:
+            mark(x_seq, replace(flow, steps=len(x_seq)))
+
+    def _resetting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self._silent and name in self.populations:
+                self.populations[name].rested()
+            return function(*args, **kwargs)
+
+        return run
 
     def _hush(self, change: int) -> None:
         self._silent += change
@@ -142,9 +190,13 @@ class Trace(OperationCounter):
         timed = several or isinstance(module, StatelessBinaryIF)
         steps = len(emitted) if timed and emitted.dim() else (1 if before is None else before.steps)
         spikes = self._quietly(emitted_spikes, module, method, x, emitted)
-        for tensor in tensors_in(out):
+        for tensor in tensors_in((out, states_of(module))):
             mark(tensor, Flow(1 if tensor.shape == emitted.shape[1:] else steps))
-        mark(emitted, Flow(steps, spikes))
+        stored = getattr(module, "v_seq", None)
+        if isinstance(stored, torch.Tensor):
+            mark(stored, Flow(len(stored)))
+        goes_on = before is not None and emitted.shape == x.shape
+        mark(emitted, Flow(steps, spikes, before.input_length if before and goes_on else 0))
         self._count_neurons(name, module, method, x, emitted, spikes, len(emitted) if timed else 1)
 
     def _count_neurons(
@@ -170,7 +222,7 @@ class Trace(OperationCounter):
         elif population.spikes is not None:
             population.spikes += float(spikes.count.double().sum())
         if not encodes:  # an encoding keeps nothing
-            population.calls += 1
+            population.stepped(steps)
             population.kept += one_frame
 
     # ---- operators
@@ -183,6 +235,9 @@ class Trace(OperationCounter):
             return
         operator = func._schema.name
         name = operator.split("::")[1].removesuffix("_")
+        first = flow_of(args[0]) if args else None
+        if first is not None and first.input_length and first.input_length == len(args[0]):
+            self._entries_taken.update(entries_taken(name, args[0], args))
         if sides_of(name, args) is not None and operator.startswith("aten::"):
             self._multiply(operator, name, args, out, self._scope)
         else:
@@ -201,7 +256,7 @@ class Trace(OperationCounter):
         stored = module.packed_weight.nbytes + module.weight_scale.nbytes if packed and not both else None
         if _adds_bias(operator, name, args, module):
             steps = max(flow.steps for side in sides[:2] if (flow := flow_of(side)) is not None)
-            self._add((scope, "bias", "accumulation"), out.numel(), steps)
+            self._add((scope, "bias", "accumulation"), operator, out.numel(), steps)
         call = Product(scope, operator, role, describe(sides), False)
         add_call(call, sides, args, out, stored)
         key = (scope, operator, call.shape, call.spiking)
@@ -214,68 +269,26 @@ class Trace(OperationCounter):
     def _add_elementwise(self, operator: str, args: Any, kwargs: Any, out: Any, steps: int) -> None:
         scope = self._scope
         if operator == "aten::embedding":
-            self._add((scope, "embedding", "bytes"), out.nbytes, 1)
+            self._add((scope, "embedding", "bytes"), operator, out.nbytes, 1)
             return
         group = "softmax" if "softmax" in operator else "norm" if self._is_norm(scope, operator) else "elementwise"
         for kind, number in operations(operator, args, kwargs, out):
             if kind in _COUNTED:
-                self._add((scope, group, kind), number, steps)
+                self._add((scope, group, kind), operator, number, steps)
             elif kind in ("unknown", "neuron"):
                 self.unknown[operator] += 1
 
     def _is_norm(self, scope: str, operator: str) -> bool:
         return "_norm" in operator or "norm" in type(self._modules.get(scope)).__name__.lower()
 
-    def _add(self, key: tuple[str, str, str], number: int, steps: int) -> None:
-        entry = self.elementwise.setdefault(key, [0.0, 0.0])
-        entry[0] += number / steps
-        entry[1] += number
+    def _add(self, key: tuple[str, str, str], operator: str, number: int, steps: int) -> None:
+        entry = self.elementwise.setdefault((*key, operator, number / steps), Work())
+        entry.calls += 1
+        entry.once += number / steps
+        entry.executed += number
 
 
 def _adds_bias(operator: str, name: str, args: Any, module: Any) -> bool:
     if operator.startswith("spikelm::"):
         return module.bias is not None
     return name in ("addmm", "baddbmm", "addmv") or (name == "convolution" and args[2] is not None)
-
-
-def is_neuron(module: nn.Module) -> bool:
-    """SpikingJelly's nodes, which ours are too, and snnTorch's where that is loaded."""
-    snntorch = sys.modules.get("snntorch")
-    return isinstance(module, BaseNode) or (snntorch is not None and isinstance(module, snntorch.SpikingNeuron))
-
-
-def leaks(module: nn.Module) -> bool:
-    """Whether a step multiplies the membrane."""
-    if isinstance(module, DynamicsNode):
-        return module.dynamics.decay != 1
-    if hasattr(module, "tau"):
-        return True
-    beta = getattr(module, "beta", 1.0)
-    return bool((torch.as_tensor(beta) != 1).any())
-
-
-def emitted_spikes(module: Any, method: str, x: torch.Tensor, emitted: torch.Tensor) -> Spikes | None:
-    """What a neuron has emitted; None where that is no spikes, as with a surrogate in their place."""
-    if method == "encode_sum":
-        count = None if x.is_meta else module.spike_count(x).abs().float()
-        if isinstance(module, TILIF):
-            return Spikes(count, module.D, 2 * module.D, True)
-        code, frames, signed = module.spike_code, module.T, module.dynamics.fire != "binary"
-        span = (3**frames if signed else 2**frames) - 1 if code is None else code.largest * (1 + code.signed)
-        weighted = isinstance(module, ATMN) and module.frame_weight != 1 and module.T > 1
-        return Spikes(count, frames, span, signed, weighted)
-    if isinstance(module, DynamicsNode):
-        dynamics = module.dynamics
-        several = dynamics.fire == "integer" and method != "encode"
-        levels = dynamics.levels if several else 1
-        signed = dynamics.fire != "binary"
-        span = levels * (2 if signed else 1)
-        return Spikes(None if emitted.is_meta else emitted.abs().float(), levels, span, signed)
-    if emitted.is_meta:
-        return Spikes(None)
-    values = emitted.detach().float()
-    if not values.numel() or not bool((values == values.round()).all()):
-        return None
-    lowest, highest = int(values.min()), int(values.max())
-    levels = max(1, highest, -lowest)
-    return Spikes(values.abs(), levels, levels * (2 if lowest < 0 else 1), lowest < 0)

@@ -124,6 +124,63 @@ def test_zeros_and_ones_of_anybody_are_spikes_and_a_state_of_zeros_is_none() -> 
         assert row["spiking"] is spiking
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_spikes_in_one_batch_and_numbers_in_another(order: int) -> None:
+    """A row with both costs what the batches cost alone."""
+    binary, real = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]), torch.linspace(0.1, 0.8, 8)[None]
+    linear = nn.Linear(8, 4, bias=False)
+    found = report(linear, [binary, real][::order])
+    phase = found.data["phases"]["forward"]
+    (row,) = phase["products"]
+    assert row["spiking"] and (row["mac"], row["mac_executed"], row["mac_dense"]) == (32.0, 32.0, 16.0)
+    assert phase["energy"]["model"]["arithmetic_pj"] == pytest.approx((12 * 0.9 + 32 * 4.6) / 2)
+    assert phase["energy"]["dense_student"]["arithmetic_pj"] == pytest.approx(32 * 4.6)
+    assert phase["energy"]["quantised_student"]["arithmetic_pj"] == pytest.approx((32 * 0.9 + 32 * 4.6) / 2)
+    assert phase["projections"]["spiking_pj"] == pytest.approx(79.0)
+    assert phase["projections"]["sum_of_rates"] == 3 / 8, "of the call that spikes entered"
+    assert row["bytes"]["weights"]["reuse_over_T"] == (3 / 8 + 1) / 2 * 128
+    assert phase["terms"]["spiking projections"]["mac_dense"] == 16.0
+    assert found.to_markdown().count("6 and 16 MAC") == 2
+
+
+def test_pooled_spikes_that_are_numbers_in_some_batches() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bank, self.pool, self.conv = ATMN(T=4), nn.MaxPool2d(2), nn.Conv2d(1, 4, 3, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.pool(self.bank.encode_sum(x)))
+
+    net = Pooled()
+    few = torch.zeros(1, 1, 8, 8)
+    few[..., ::4, ::4] = 1.2
+    many = 3 * torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    one, other, both = (report(net, batches).data["phases"]["forward"] for batches in ([few], [many], [few, many]))
+    assert one["products"][0]["spiking"] and not other["products"][0]["spiking"]
+    alone = [phase["energy"]["model"]["arithmetic_pj"] for phase in (one, other)]
+    assert both["energy"]["model"]["arithmetic_pj"] == pytest.approx(sum(alone) / 2)
+
+
+def test_frames_of_events_of_which_some_are_numbers() -> None:
+    """Counts of 2 and more are multiplied, and the layer is still one dense pass over all steps."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.neuron = nn.Linear(8, 4, bias=False), BinaryIF()
+
+        def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+            return sum(self.neuron(self.linear(x)) for x in x_seq)
+
+    x_seq = torch.zeros(4, 2, 8)
+    x_seq[0, 0, :3], x_seq[1, 1, :4], x_seq[2, 0, 5], x_seq[3, 1, 2] = 1, 1, 2, 3
+    (row,) = report(Steps(), x_seq).data["phases"]["forward"]["products"]
+    assert (row["mac"], row["mac_executed"], row["mac_dense"]) == (32.0, 128.0, 64.0)
+    assert row["accumulations"] * 2 == 4 * 7 and row["frames"] == 4
+    assert row["sum_of_rates"]["mean"] == pytest.approx(7 / 16), "of the two frames that are spikes"
+
+
 def test_binary_and_ternary_weights_are_added() -> None:
     linear = BitLinear(16, 8, bias=False)
     x = torch.randn(5, 16)

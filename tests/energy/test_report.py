@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from spikelm import Recipe, calibrate, deploy, spikify
 from spikelm.energy import COSTS, CostTable, OperationCounter, Report, report
+from spikelm.energy.spikes import flow_of
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import firing_statistics
 from spikelm.layers import TernaryLinear
@@ -180,9 +182,15 @@ def test_every_output_says_what_it_is(tmp_path: Path) -> None:
         assert "estimate, not measured on hardware" in output
     assert "more products have fewer MAC" in found.to_markdown(2)
     assert found.plot(tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(SpikelmError, match="is no report of spikelm.energy"):
-        Report.from_json(tmp_path / "report.json")
+    with pytest.raises(SpikelmError, match=r"drawn to a file that ends in .png; got .*report.pdf"):
+        found.plot(tmp_path / "report.pdf")
+    assert not (tmp_path / "report.pdf").exists()
+    for content in (b"{}", b"no json", b"\xff\xfe"):
+        (tmp_path / "report.json").write_bytes(content)
+        with pytest.raises(SpikelmError, match="report.json is no report of spikelm.energy"):
+            Report.from_json(tmp_path / "report.json")
+    with pytest.raises(SpikelmError, match=r"none.json cannot be read: No such file"):
+        Report.from_json(tmp_path / "none.json")
 
 
 def test_it_leaves_the_model_as_it_was() -> None:
@@ -194,7 +202,30 @@ def test_it_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     banks = [module for module in model.modules() if isinstance(module, ATMN)]
     assert banks and not any({"encode", "encode_sum"} & bank.__dict__.keys() for bank in banks)
-    assert not hasattr(IDS, "_spikelm_flow")
+    assert flow_of(IDS) is None and not IDS.__dict__
+
+
+def test_a_report_leaves_no_mark_on_what_the_model_keeps() -> None:
+    """A buffer that the input was written to is a buffer again for the next report."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.kept = nn.Linear(8, 4, bias=False), None
+            self.register_buffer("before", torch.zeros(3, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            prepared = self.linear(self.before)  # depends on no input at the first call
+            self.before.copy_(x)
+            self.kept = 2 * x
+            return prepared + self.linear(self.before)
+
+    model, x = Keeping(), torch.rand(3, 8)
+    found = [report(model, batch).data["phases"] for batch in (x, x, [x, x])]
+    assert found[0] == found[1] and found[0]["forward"]["products"][0]["mac"] == 32
+    assert found[2]["forward"]["products"] == found[0]["forward"]["products"]
+    assert flow_of(model.before) is None and flow_of(model.kept) is None
+    assert not model.before.__dict__, "an attribute of a buffer would be saved with it"
 
 
 def test_costs_are_horowitz() -> None:
@@ -221,3 +252,17 @@ def test_what_it_refuses() -> None:
         report("model", IDS)
     with pytest.raises(SpikelmError, match="costs must be a CostTable or one of 45nm-fp32, .*; got '7nm'"):
         report(llamba(), IDS, "7nm")
+    for number in (-1, 0, 1.5, True):
+        for name in ("max_batches", "time_steps"):
+            with pytest.raises(SpikelmError, match=f"{name} must be a whole number, 1 or more; got {number}"):
+                report(llamba(), IDS, **{name: number})
+
+
+def test_empty_and_ragged_batches_are_refused() -> None:
+    with pytest.raises(SpikelmError, match=r"one sample or token at least; got a tensor \[0, 8\]"):
+        report(nn.Linear(8, 4), torch.zeros(0, 8))
+    with pytest.raises(SpikelmError, match=r"one sample or token at least; got input_ids \[1, 0\]"):
+        report(llamba(), torch.zeros(1, 0, dtype=torch.long))
+    for rows in ([[1, 2], [3]], ["text"]):
+        with pytest.raises(SpikelmError, match="one row of numbers, .* input_ids is not"):
+            report(llamba(), {"input_ids": rows})
