@@ -17,6 +17,8 @@ import energy_tables
 import evaluation_tables
 import inference_tables
 import memory_tables
+import robustness_tables
+import scaling_tables
 import spikingbert_tables
 import student_tables
 import system_tables
@@ -36,6 +38,8 @@ PAGES = (
     "energy.md",
     "evaluation.md",
     "students.md",
+    "scaling.md",
+    "robustness.md",
 )
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES))
 # Results of benchmarks/compare.py: the device, and where it is to be run.
@@ -284,10 +288,12 @@ TABLES: dict[str, Callable[[], str]] = {
     **student_tables.TABLES,
     **spikingbert_tables.TABLES,
     **memory_tables.TABLES,
+    **scaling_tables.TABLES,
     **inference_tables.TABLES,
     **energy_tables.TABLES,
     **evaluation_tables.TABLES,
     **system_tables.TABLES,
+    **robustness_tables.TABLES,
     "attention": attention,
     "neurons": neurons,
     "mar_profile": mar_profile,

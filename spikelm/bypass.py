@@ -7,6 +7,7 @@ leaves a spiking projection out is an error.
 
 from __future__ import annotations
 
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from spikelm.errors import SpikelmError
 from spikelm.layers.spiking_linear import SpikingLinear
+
+_LOCK = Lock()
 
 
 def forbid_bypass(model: nn.Module) -> None:
@@ -26,14 +29,25 @@ def forbid_bypass(model: nn.Module) -> None:
 
 def _before(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
     mixer.training = False  # the mixer's own flag alone, on which nothing but the fused path depends
-    for layer in _spiking_children(mixer).values():
-        layer.__dict__["_ran"] = False
+    if torch.compiler.is_compiling():
+        return
+    inside: set[int] = mixer.__dict__.setdefault("_threads_inside", set())
+    with _LOCK:
+        inside.discard(get_ident())  # left by an interrupt
+        if not inside:  # another thread's projections have run, and count for that thread's check
+            for layer in _spiking_children(mixer).values():
+                layer.__dict__["_ran"] = False
+        inside.add(get_ident())
 
 
 def _after(mixer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     # Its projections know the mode still, also after an interrupt that no hook is called for.
     mixer.training = next(iter(_spiking_children(mixer).values())).training
-    if output is None or torch.compiler.is_compiling():  # the forward has failed with an error of its own
+    if torch.compiler.is_compiling():
+        return
+    with _LOCK:
+        mixer.__dict__.get("_threads_inside", set()).discard(get_ident())
+    if output is None:  # the forward has failed with an error of its own
         return
     skipped = [name for name, layer in _spiking_children(mixer).items() if not layer.__dict__["_ran"]]
     if skipped:

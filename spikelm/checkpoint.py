@@ -7,6 +7,7 @@ needs no loader of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,18 +21,21 @@ from spikelm.convert import Recipe, remember, spike_sites, spikify
 from spikelm.deploy import deploy, store_as_deployed
 from spikelm.errors import SpikelmError
 from spikelm.layers.bit_linear import BitLinear, check_packed
+from spikelm.limits import check_sizes, check_weight_files
 
 
 @register_quantization_config("spikelm")
 class SpikingConfig(QuantizationConfigMixin):
     """The recipe as a configuration entry, ``quantization_config`` of a saved spiking model."""
 
-    def __init__(self, recipe: dict[str, Any], quant_method: str = "spikelm", **kwargs: Any) -> None:
+    def __init__(self, recipe: Any = None, quant_method: str = "spikelm", **kwargs: Any) -> None:
         self.quant_method: Any = quant_method
         self.recipe = recipe
 
     def to_recipe(self) -> Recipe:
         """The recipe; refuses unknown fields and neurons."""
+        if not isinstance(self.recipe, dict):
+            raise SpikelmError(f"the checkpoint's recipe must be an object with fields; got {self.recipe!r}")
         try:
             return Recipe(**self.recipe)
         except TypeError as error:
@@ -60,11 +64,22 @@ class SpikingQuantizer(HfQuantizer):
         """Saved as they are."""
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Of transformers' hooks the last one before the model is built: absurd sizes and recipes end here."""
+        check_sizes(config.to_dict())
+        self.quantization_config.to_recipe()
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         recipe = self.quantization_config.to_recipe()
         spikify(model, replace(recipe, deployed=None))
         if self.pre_quantized and recipe.deployed:
             store_as_deployed(model, recipe)
+        if self.pre_quantized and checkpoint_files:  # a dense model's may be anything that its owner trusts
+            tensors = (*model.parameters(), *model.buffers())
+            check_weight_files(checkpoint_files, sum(tensor.numel() for tensor in tensors))
         # Rounded to 16 bit, thresholds would give other spikes than the saved model's.
         keep: Any = model
         keep._keep_in_fp32_modules_strict = {*(keep._keep_in_fp32_modules_strict or ()), "neuron"}

@@ -17,6 +17,7 @@ from spikelm.data.sources import source_names
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import evaluate
 from spikelm.interop.lm_eval import check_max_length, evaluate_tasks, load_tasks, longest_context
+from spikelm.limits import check_directory
 from spikelm.run import versions
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def check_model(name: str, role: str = "model") -> tuple[PretrainedConfig, PreTr
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise SpikelmError(f"{role} {name} holds no config.json; a directory written by save_pretrained is accepted")
+    check_directory(name, role)
     found: list[Any] = []
     for what, auto in (("configuration", AutoConfig), ("tokenizer", AutoTokenizer)):
         try:

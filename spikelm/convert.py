@@ -14,11 +14,44 @@ from spikelm.bypass import forbid_bypass
 from spikelm.errors import SpikelmError
 from spikelm.layers.bit_linear import BitLinear
 from spikelm.layers.spiking_linear import SiteNeuron, SpikingLinear
+from spikelm.limits import check_sizes
 from spikelm.neurons import ATMN, TILIF
 from spikelm.ops.weight_quantization import FORMS
 
 # The neurons that a recipe can name.
 NEURONS: dict[str, type[SiteNeuron]] = {"ATMN": ATMN, "TILIF": TILIF}
+_LONGEST_PATTERN = 1000
+_LARGEST_NUMBER = 3e38
+_LARGEST_ARGUMENT = 1e4  # of a surrogate, some of which loop so many times
+
+
+def _check_sites(sites: Any) -> None:
+    """Site names to non-empty lists of patterns; a pattern is text for fnmatch alone."""
+    accepted = "sites must map at least one site name to a non-empty list of module-name patterns"
+    if not isinstance(sites, Mapping) or not sites:
+        raise SpikelmError(f"{accepted}; got {sites!r}")
+    for site, patterns in sites.items():
+        right = isinstance(site, str) and isinstance(patterns, list | tuple) and len(patterns) > 0
+        if not right or not all(isinstance(one, str) and 0 < len(one) <= _LONGEST_PATTERN for one in patterns):
+            raise SpikelmError(f"{accepted}, each of 1 to {_LONGEST_PATTERN} characters; got {site!r}: {patterns!r}")
+
+
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    """T and D within what a recipe may ask for, and no integer that no float holds."""
+    check_sizes(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+            raise SpikelmError(
+                f"{name} must be within +-{_LARGEST_NUMBER:g}; got an integer of {value.bit_length()} bits"
+            )
+
+
+def _check_deployed(deployed: Any) -> None:
+    if deployed is None:
+        return
+    right = isinstance(deployed, Mapping) and {"form"} <= set(deployed) <= {"form", "accumulate_dtype", "head"}
+    if not right or not all(value is None or isinstance(value, str) for value in deployed.values()):
+        raise SpikelmError(f"deployed must name form, accumulate_dtype and head; got {deployed!r}")
 
 
 @dataclass(frozen=True)
@@ -46,12 +79,17 @@ class Recipe:
     per_row: bool = False
 
     def __post_init__(self) -> None:
-        if self.neuron not in NEURONS:
+        if not isinstance(self.neuron, str) or self.neuron not in NEURONS:
             raise SpikelmError(f"neuron must be one of {', '.join(NEURONS)}; got {self.neuron!r}")
-        if not self.sites or any(isinstance(patterns, str) or not patterns for patterns in self.sites.values()):
-            raise SpikelmError("sites must map at least one site name to a non-empty list of module-name patterns")
-        if self.deployed is not None and not {"form"} <= set(self.deployed) <= {"form", "accumulate_dtype", "head"}:
-            raise SpikelmError(f"deployed must name form, accumulate_dtype and head; got {dict(self.deployed)}")
+        _check_sites(self.sites)
+        if not isinstance(self.neuron_arguments, Mapping) or not all(
+            isinstance(key, str) for key in self.neuron_arguments
+        ):
+            raise SpikelmError(f"neuron_arguments must map names to values; got {self.neuron_arguments!r}")
+        _check_numbers(self.neuron_arguments)
+        if not isinstance(self.calibrated, bool):
+            raise SpikelmError(f"calibrated must be True or False; got {self.calibrated!r}")
+        _check_deployed(self.deployed)
         if self.weights not in FORMS:
             raise SpikelmError(f"weights must be one of {', '.join(FORMS)}; got {self.weights!r}")
         if not isinstance(self.per_row, bool) or (self.per_row and self.weights == "float"):
@@ -94,7 +132,9 @@ class Recipe:
             if "surrogate_function" in arguments:
                 arguments["surrogate_function"] = _surrogate(arguments["surrogate_function"])
             return NEURONS[self.neuron](num_channels=num_channels, **arguments)
-        except TypeError as error:
+        except SpikelmError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
             raise SpikelmError(
                 f"neuron_arguments {dict(self.neuron_arguments)} do not fit {self.neuron}: {error}"
             ) from error
@@ -234,12 +274,30 @@ def _check_weights(name: str, linear: nn.Linear, recipe: Recipe) -> None:
         )
 
 
-def _surrogate(specification: str | Mapping[str, Any]) -> Any:
+def _surrogate(specification: Any) -> Any:
+    """The surrogate of SpikingJelly that a name, or a mapping with "name" and numbers, stands for."""
+    if not isinstance(specification, str | Mapping):
+        raise SpikelmError(f"surrogate_function must be a name or a mapping with one; got {specification!r}")
     arguments = {} if isinstance(specification, str) else {k: v for k, v in specification.items() if k != "name"}
     name = specification if isinstance(specification, str) else specification.get("name")
     from spikingjelly.activation_based import surrogate
 
-    surrogate_class = getattr(surrogate, str(name), None)
+    surrogate_class = getattr(surrogate, name, None) if isinstance(name, str) else None
     if not (isinstance(surrogate_class, type) and issubclass(surrogate_class, nn.Module)):
         raise SpikelmError(f"surrogate_function must name a class of spikingjelly's surrogate module; got {name!r}")
-    return surrogate_class(**arguments)
+    if not all(isinstance(value, int | float) and abs(value) <= _LARGEST_ARGUMENT for value in arguments.values()):
+        raise SpikelmError(
+            f"the arguments of the surrogate {name} must be numbers within +-{_LARGEST_ARGUMENT:g}; got {arguments!r}"
+        )
+    try:
+        function: Any = surrogate_class(**arguments)
+        x = torch.linspace(-2, 2, 9, device="cpu").requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(function(x).sum(), x)
+    except TypeError:  # arguments that it does not have: said with the neuron's
+        raise
+    except Exception as error:  # each class in its own way, assertions among them; the cause stays chained
+        raise SpikelmError(f"the surrogate {name} does not run with {arguments!r}: {error}") from error
+    if not bool(gradient.isfinite().all()):
+        raise SpikelmError(f"the surrogate {name} has a gradient that is not finite with {arguments!r}")
+    return function

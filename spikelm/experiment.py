@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from spikelm import plot
+from spikelm import distributed, plot
 from spikelm.calibrate import calibrate
 from spikelm.convert import Recipe, spike_sites, spikify
 from spikelm.data import bytes_per_token, load_contexts, load_teacher, python_documentation, train_teacher
@@ -25,6 +25,7 @@ from spikelm.data.sources import source_names
 from spikelm.distill.arguments import check_options
 from spikelm.distill.callbacks import last_metrics
 from spikelm.distill.objectives import Objective, batch_mask
+from spikelm.distill.parallel import Parallel
 from spikelm.distill.trainer import collate, train
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, evaluate, evaluation_mode, firing_statistics, generate_sample
@@ -59,7 +60,10 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every example's configuration begins with: the teacher, the text, and how students are measured."""
+    """What every example's configuration begins with: the teacher, the text, and how students are measured.
+
+    parallel: where several processes keep the models; no part of what a run is.
+    """
 
     output_dir: str
     teacher: str = "embedded"
@@ -73,6 +77,7 @@ class Settings:
     evaluation_contexts: int | None = None
     prompt: str = "Once upon a time"
     sample_tokens: int = 60
+    parallel: Parallel = Parallel()
 
     def check(self) -> None:
         """SpikelmError for what would be refused only once a teacher is trained or the data read."""
@@ -119,44 +124,57 @@ class Experiment:
         longest = getattr(model.config, "max_position_embeddings", settings.context_length)
         if settings.context_length > longest:
             raise SpikelmError(f"context_length {settings.context_length} is beyond the teacher's {longest}")
-        train_data, held_out = load_contexts(
-            settings.data, tokenizer, settings.context_length, held_out=settings.held_out,
-            text_field=settings.text_field, streaming=settings.streaming, max_tokens=settings.max_tokens,
-        )  # fmt: skip
+
+        def read() -> Any:
+            return load_contexts(
+                settings.data, tokenizer, settings.context_length, held_out=settings.held_out,
+                text_field=settings.text_field, streaming=settings.streaming, max_tokens=settings.max_tokens,
+            )  # fmt: skip
+
+        train_data, held_out = read() if settings.streaming else packed_once(run, read)
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
         set_seed(settings.seed)  # so that a run that finds its teacher there starts like the run that trained it
         return cls(settings, run, model, tokenizer, train_data, held_out, bytes_per_token(held_out, tokenizer))
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Held-out figures of a model against the teacher, and a greedy text."""
-        figures = evaluate(
-            model,
-            self.held_out,
-            teacher=self.teacher,
-            bytes_per_token=self.bytes_per_token,
-            max_contexts=self.settings.evaluation_contexts,
-        )
-        sample = generate_sample(model, self.tokenizer, self.settings.prompt, self.settings.sample_tokens)
-        return figures | {"sample": sample}
+        """Held-out figures of a model against the teacher, and a greedy text; by the first process, for all."""
+
+        def figures() -> dict[str, Any]:
+            found = evaluate(
+                model,
+                self.held_out,
+                teacher=self.teacher,
+                bytes_per_token=self.bytes_per_token,
+                max_contexts=self.settings.evaluation_contexts,
+            )
+            sample = generate_sample(model, self.tokenizer, self.settings.prompt, self.settings.sample_tokens)
+            return found | {"sample": sample}
+
+        return distributed.on_first_rank(figures)
 
     def train(
         self,
         name: str,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: nn.Module,
         objective: Objective,
         optimisation: Optimisation,
+        dataset: Any = None,
         **more: Any,
     ) -> dict[str, Any]:
-        """One training run, resumed where an earlier one stopped; checkpoints and log in training/<name>."""
+        """One training run, resumed where an earlier one stopped; checkpoints and log in training/<name>.
+
+        dataset: other rows than train_data.  more: further arguments of `spikelm.distill.trainer.train`.
+        """
         return train(
             student,
             teacher,
-            self.train_data,
+            self.train_data if dataset is None else dataset,
             objective,
             output_dir=self.run.path("training") / name,
             seed=self.settings.seed,
+            parallel=self.settings.parallel,
             **asdict(optimisation),
             **more,
         )
@@ -186,11 +204,16 @@ class Experiment:
         calibrate(student, inputs, tokens_per_site=tokens, max_sum_of_rates=max_sum_of_rates)
         return student
 
-    @torch.no_grad()
     def held_out_terms(
         self, objective: Objective, student: nn.Module, contexts: int = 64, batch_size: int = 16
     ) -> dict[str, float]:
         """The objective's terms on the first held-out contexts, in eval mode: without training-only paths."""
+        return distributed.on_first_rank(lambda: self._held_out_terms(objective, student, contexts, batch_size))
+
+    @torch.no_grad()
+    def _held_out_terms(
+        self, objective: Objective, student: nn.Module, contexts: int, batch_size: int
+    ) -> dict[str, float]:
         sums: dict[str, float] = {}
         tokens = 0
         with evaluation_mode(student):
@@ -242,9 +265,25 @@ def trained_stage(
         tokenizer.save_pretrained(directory)
 
     run.finish_stage(name, save, record)
-    for checkpoint in list((run.path("training") / name).glob("**/checkpoint-*")):
-        shutil.rmtree(checkpoint)  # the optimiser's state; log.jsonl stays
+    if distributed.is_first():
+        for checkpoint in list((run.path("training") / name).glob("**/checkpoint-*")):
+            shutil.rmtree(checkpoint)  # the optimiser's state; log.jsonl stays
     return model
+
+
+def packed_once(run: RunDirectory, read: Callable[[], Any]) -> Any:
+    """The two data sets that `read()` gives; of several processes the first reads, and all map them from the disk."""
+    if distributed.world_size() == 1:
+        return read()
+    from datasets import load_from_disk
+
+    def write(directory: Path) -> None:
+        for name, rows in zip(("train", "held_out"), read(), strict=True):
+            rows.save_to_disk(directory / name)
+
+    if not run.is_done("contexts"):
+        run.finish_stage("contexts", write, {})
+    return [load_from_disk(str(run.path("contexts") / name)) for name in ("train", "held_out")]
 
 
 AnySettings = TypeVar("AnySettings")
@@ -287,7 +326,7 @@ def embedded_teacher(settings: Settings, run: RunDirectory, model_type: str, sha
     The contexts that the run holds out of that text are not trained on.
     """
     path = run.path("teacher")
-    if not path.exists():
+    if not distributed.on_first_rank(path.exists):
         say(f"teacher: training a small {model_type} on Python's documentation")
         train_teacher(
             path, python_documentation(), model_type=model_type, context_length=settings.context_length,
@@ -316,5 +355,6 @@ def draw_raster(student: PreTrainedModel, ids: list[int], tokenizer: Any, path: 
 
 
 def say(message: str) -> None:
-    """A line of progress, to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """A line of progress, to stderr; of several processes the first one's."""
+    if distributed.is_first():
+        print(message, file=sys.stderr, flush=True)

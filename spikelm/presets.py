@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spikelm.errors import SpikelmError
+from spikelm.limits import check_bounded
 
 Config = typing.TypeVar("Config")
 
@@ -88,8 +89,12 @@ def read_preset(preset: str, directory: Path, seen: tuple[str, ...] = ()) -> dic
     path = directory / f"{preset}.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpikelmError(f"{path.name} is no valid YAML: {' '.join(str(error).split())}") from error
+        check_bounded(values)
+    except OSError as error:
+        raise SpikelmError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # PyYAML's own, and whatever its constructors of numbers and dates let through
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SpikelmError(f"{path.name} is no valid YAML: {reason}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -218,9 +223,9 @@ def _convert_scalar(kind: type, value: Any) -> tuple[Any, bool]:
         return None, False
     try:
         number = kind(value)
-    except (ValueError, OverflowError):
+        return number, math.isfinite(number)
+    except (ValueError, OverflowError):  # the second also of integers that no float holds
         return None, False
-    return number, math.isfinite(number)
 
 
 def _convert_union(arms: Sequence[Any], value: Any, name: str, known: Sequence[str]) -> Any:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 
-from spikelm import __version__
+from spikelm import __version__, distributed
 from spikelm.errors import SpikelmError
+from spikelm.limits import check_file_name
 
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
@@ -30,15 +31,25 @@ class RunDirectory:
 
     run.json holds the configuration. A finished stage is a directory with a manifest.json that names its files and
     their sizes; it appears under its own name only when it is whole. Raises SpikelmError when the directory holds
-    a run of another configuration (its place, the field `output_dir`, is not compared), files that are no run's,
-    or is in use by another process.
+    a run of another configuration (its place, the field `output_dir`, and how processes share it, `parallel`, are not
+    compared), files that are no run's, or is in use by another process.
+
+    With several_processes, under torchrun, the first process alone locks, reads and writes; the others wait for it and
+    get what it read. All of them call the same methods in the same order, or the first alone within
+    `distributed.on_first_rank`.
     """
 
-    def __init__(self, output_dir: str | Path, config: Mapping[str, Any]) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise SpikelmError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: a run directory belongs to a single process")
+    def __init__(self, output_dir: str | Path, config: Mapping[str, Any], several_processes: bool = False) -> None:
+        if distributed.world_size() > 1 and not several_processes:
+            raise SpikelmError(f"WORLD_SIZE={distributed.world_size()}: this program runs in a single process")
+        distributed.start()
         self.root = Path(output_dir)
+        self._lock: IO[str] | None = None
         plain: dict[str, Any] = json.loads(json.dumps(config))
+        self.resumed: bool = distributed.on_first_rank(lambda: self._open(plain))
+
+    def _open(self, config: dict[str, Any]) -> bool:
+        """Lock the directory; whether it holds this run already."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._refuse_unrelated_files()
@@ -47,23 +58,24 @@ class RunDirectory:
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise SpikelmError(f"output_dir {self.root} cannot be used: {error.strerror}") from error
         try:
-            self._open_locked(plain)
+            return self._open_locked(self._lock, config)
         except BaseException:
             self._lock.close()
             raise
 
-    def _open_locked(self, config: dict[str, Any]) -> None:
+    def _open_locked(self, lock: IO[str], config: dict[str, Any]) -> bool:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SpikelmError(f"{self.root} is in use by another process that runs there now") from error
-        self.resumed = (self.root / RUN_FILE).exists()
-        if self.resumed:
+        resumed = (self.root / RUN_FILE).exists()
+        if resumed:
             self._refuse_other_config(config)
         else:
             write_json(self.root / RUN_FILE, {"config": config})
         for leftover in self.root.glob(f"*{PARTIAL}"):
             _remove(leftover)
+        return resumed
 
     def _refuse_unrelated_files(self) -> None:
         if (self.root / RUN_FILE).exists():
@@ -82,7 +94,7 @@ class RunDirectory:
     def _refuse_other_config(self, config: dict[str, Any]) -> None:
         try:
             before = json.loads((self.root / RUN_FILE).read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SpikelmError(f"{self.root / RUN_FILE} is damaged: delete {self.root} or choose another") from error
         difference = first_difference(_without_place(before), _without_place(config))
         if difference is not None:
@@ -96,14 +108,15 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not self.resumed and not self._others():
+        if distributed.is_first() and error is not None and not self.resumed and not self._others():
             # What failed before it made anything is no run: the corrected command may use the same place.
             _remove(self.root / RUN_FILE)
         self.close()
 
     def close(self) -> None:
         """Free the lock; the object is not to be used afterwards."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def path(self, name: str) -> Path:
         """Where a stage or file of this name lies, existing or not."""
@@ -111,14 +124,18 @@ class RunDirectory:
 
     def is_done(self, stage: str) -> bool:
         """True when the stage is finished and whole, False when it is absent; SpikelmError when it is damaged."""
-        if not self.path(stage).exists():
-            return False
-        stage_manifest(self.path(stage))
-        return True
+
+        def look() -> bool:
+            if not self.path(stage).exists():
+                return False
+            stage_manifest(self.path(stage))
+            return True
+
+        return distributed.on_first_rank(look)
 
     def stage_record(self, stage: str) -> dict[str, Any]:
         """The record that finish_stage was given; SpikelmError when the stage is absent or damaged."""
-        record: dict[str, Any] = stage_manifest(self.path(stage))["record"]
+        record: dict[str, Any] = distributed.on_first_rank(lambda: stage_manifest(self.path(stage))["record"])
         return record
 
     def finish_stage(self, stage: str, write: Callable[[Path], Any], record: Mapping[str, Any]) -> Path:
@@ -126,6 +143,10 @@ class RunDirectory:
 
         `record` (JSON-able) is kept in the manifest. Nothing is left behind when writing fails.
         """
+        distributed.on_first_rank(lambda: self._finish_stage(stage, write, record))
+        return self.path(stage)
+
+    def _finish_stage(self, stage: str, write: Callable[[Path], Any], record: Mapping[str, Any]) -> None:
         final = self.path(stage)
         if final.exists():
             raise SpikelmError(f"{final} is there already: a finished stage is not overwritten")
@@ -144,18 +165,21 @@ class RunDirectory:
             _remove(partial)
             raise
         _flush(self.root)
-        return final
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write the file `name` of this run as JSON, whole or not at all."""
-        return write_json(self.path(name), value)
+        return Path(distributed.on_first_rank(lambda: str(write_json(self.path(name), value))))
 
     def read_json(self, name: str) -> Any:
         """The value written by write_json; SpikelmError when the file is absent or damaged."""
-        try:
-            return json.loads(self.path(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError) as error:
-            raise SpikelmError(f"{self.path(name)} is missing or damaged") from error
+
+        def read() -> Any:
+            try:
+                return json.loads(self.path(name).read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError, RecursionError) as error:
+                raise SpikelmError(f"{self.path(name)} is missing or damaged") from error
+
+        return distributed.on_first_rank(read)
 
 
 def stage_manifest(directory: Path) -> dict[str, Any]:
@@ -166,11 +190,11 @@ def stage_manifest(directory: Path) -> dict[str, Any]:
 
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        sizes: dict[str, int] = dict(manifest["files"])
+        sizes: dict[str, int] = {check_file_name(name, parts=True): size for name, size in manifest["files"].items()}
         manifest["record"]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise damaged(f"{MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"{MANIFEST} is not readable") from error
     for name, size in sizes.items():
         path = directory / name
@@ -184,7 +208,8 @@ def stage_manifest(directory: Path) -> dict[str, Any]:
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
     """ "field=a there, field=b asked" for the first field that differs between two configurations, None when equal."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
+        # A field that the older run did not know, and that is null, changes nothing.
+        for key in [*before, *(key for key in now if key not in before and now[key] is not None)]:
             place = f"{name}.{key}" if name else key
             if key not in before or key not in now:
                 return f"{place} is {'new' if key in now else 'not known any more'}"
@@ -226,16 +251,22 @@ def require_free_space(path: str | Path, needed: int) -> None:
 def command_line(main: Callable[[], Any]) -> NoReturn:
     """Run an example's main and leave with its exit status: expected failures become one line on stderr.
 
-    0 done, 2 a SpikelmError, 1 no disk space, 130 interrupted; other exceptions keep their traceback.
+    0 done, 2 a SpikelmError, 1 no disk space or another process of the run lost, 130 interrupted; other exceptions keep
+    their traceback. Several processes end together.
     """
     try:
         main()
+        distributed.leave()
     except SpikelmError as error:
         _leave(f"error: {error}", 2)
     except KeyboardInterrupt:
         _leave("interrupted: run the same command again to resume", 130)
     except Exception as error:
+        lost = distributed.lost_rank(error)
+        if lost is not None:
+            _leave(f"error: {lost}: run the same command again to resume", 1)
         if not _is_full_disk(error):
+            distributed.leave(f"{type(error).__name__}: {error}")
             raise
         _leave(f"error: no space left on the disk ({error}): free some and run the same command again to resume", 1)
     sys.exit(0)
@@ -281,7 +312,9 @@ def _cpu_name() -> str:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    print(" ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    print(line if distributed.is_first() else f"rank {distributed.rank()}: {line}", file=sys.stderr)
+    distributed.leave(line)
     sys.exit(status)
 
 
@@ -298,7 +331,14 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 
 def _without_place(config: Any) -> Any:
-    return {key: value for key, value in config.items() if key != "output_dir"} if isinstance(config, dict) else config
+    """A configuration without where it lies, and how processes share it, that of a run it starts from included."""
+    return _without_parallel({key: value for key, value in config.items() if key != "output_dir"})
+
+
+def _without_parallel(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_parallel(each) for key, each in value.items() if key != "parallel"}
 
 
 def _shown(value: Any) -> str:

@@ -57,6 +57,15 @@ def test_the_same_configuration_resumes(tmp_path: Path) -> None:
         assert run.read_json("metrics.json") == {"ce": 1.0}
 
 
+def test_how_processes_share_a_run_and_new_fields_at_null_are_no_difference(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, {"seed": 0, "source": {"seed": 1}}).close()
+    later = {"seed": 0, "parallel": {"student": "sharded"}, "source": {"seed": 1, "parallel": {}}, "store": None}
+    with RunDirectory(tmp_path, later) as run:
+        assert run.resumed
+    with pytest.raises(SpikelmError, match="store is new"):
+        RunDirectory(tmp_path, later | {"store": "there"})
+
+
 def test_tuples_are_compared_as_json_keeps_them(tmp_path: Path) -> None:
     config = {"betas": (0.9, 0.95)}
     RunDirectory(tmp_path, config).close()

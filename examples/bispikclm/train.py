@@ -20,6 +20,7 @@ from settings import Config
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, set_seed
 
 from spikelm import plot
+from spikelm.distributed import on_first_rank
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import population_statistics
 from spikelm.experiment import Experiment, embedded_teacher, say, teacher_seconds
@@ -146,13 +147,13 @@ def main() -> None:
     config = config_from_command_line(Config, PRESETS, description=str(__doc__), default_preset="tiny")
     check(config)
     keep_freed_memory()
-    with RunDirectory(config.output_dir, to_dict(config)) as run:
+    with RunDirectory(config.output_dir, to_dict(config), several_processes=True) as run:
         experiment = prepare(config, run)
         models = {"teacher": experiment.teacher}
         student = experiment.stage("student", lambda: distil(experiment, config))
         dense = experiment.stage("dense", lambda: distil_dense(experiment, config), asked=config.dense)
         models |= {name: model for name, model in (("student", student), ("dense", dense)) if model is not None}
-        print_table(report(experiment, models))
+        on_first_rank(lambda: print_table(report(experiment, models)))
         say(f"written: {run.path('metrics.json')}")
 
 

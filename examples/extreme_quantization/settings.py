@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spikelm.distill import InternalKD
+from spikelm.distill.parallel import Parallel
 from spikelm.errors import SpikelmError
 from spikelm.experiment import Optimisation
 from spikelm.models.spikingbert import SpikingBertConfig
@@ -99,6 +100,7 @@ class Config:
     student: Student = Student()
     float_stages: Stages = Stages()
     quantised_stages: Stages = Stages()
+    parallel: Parallel = Parallel()  # where several processes keep the models; no part of what a run is
 
     def check(self) -> None:
         """SpikelmError for what would be refused only once a teacher is trained or the data read."""

@@ -35,6 +35,7 @@ from spikelm.data.embedded_classification import embedded_classification, train_
 from spikelm.data.sources import Reading, read_pieces, source_names
 from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill.trainer import train
+from spikelm.distributed import on_first_rank
 from spikelm.energy import report as energy_report
 from spikelm.errors import SpikelmError
 from spikelm.evaluate_classification import rate_accuracy, spiking_accuracy
@@ -75,6 +76,7 @@ class Task:
                 seed=self.config.seed,
                 data_collator=collate_classification,
                 group_by_length=True,
+                parallel=self.config.parallel,
                 **asdict(optimisation),
             )
         student.config.mode = "spiking"
@@ -122,11 +124,16 @@ def teacher_directory(config: Config, run: RunDirectory, rows: list[Row], held_o
     """The teacher's directory or Hub id; the embedded one is trained on the spot, once per run."""
     if config.teacher != "embedded":
         return config.teacher
-    if not run.path("teacher").exists():
+
+    def train_it() -> None:
+        if run.path("teacher").exists():
+            return
         say("teacher: training a small BERT on the task's sentences")
         names = embedded_classification()[1] if config.data == "embedded" else None
         shape = asdict(config.embedded_teacher) | {"max_position_embeddings": config.max_length}
         train_bert(run.path("teacher"), rows, held_out, label_names=names, seed=config.seed, **shape)
+
+    on_first_rank(train_it)
     return str(run.path("teacher"))
 
 
@@ -250,14 +257,14 @@ def main() -> None:
     config = config_from_command_line(Config, PRESETS, description=str(__doc__), default_preset="tiny")
     config.check()
     keep_freed_memory()
-    with RunDirectory(config.output_dir, to_dict(config)) as run:
+    with RunDirectory(config.output_dir, to_dict(config), several_processes=True) as run:
         task = Task(config, run)
         float_student = task.stage("float", task.float_student)
         students = {}
         for weights in config.weights:
             build = partial(task.quantised_student, float_student, weights)
             students[weights] = float_student if weights == "float" else task.stage(weights, build)
-        print_table(report(task, students))
+        on_first_rank(lambda: print_table(report(task, students)))
         say(f"written: {run.path('metrics.json')}")
 
 

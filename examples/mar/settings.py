@@ -101,7 +101,8 @@ class Config(Settings):
 
     objective is the loss of stage 2: "sbds", MAR's, with the fields of spiking; "kl", the forward KL alone; "spad",
     BiSpikCLM's, with the fields of spad, whose attention maps want spiking.teacher=llama. spad's T, beta and
-    v_threshold are of the neuron that turns the teacher's values into rates, not of the student's.
+    v_threshold are of the neuron that turns the teacher's values into rates, not of the student's. "stored" is the
+    forward KL from what store_teacher.py has kept in teacher_store of the same contexts and teacher.
     """
 
     stage1: str | None = None  # a trained Llamba (directory or Hub id) to start from, instead of training one
@@ -112,6 +113,7 @@ class Config(Settings):
     alignment: Optimisation = Optimisation()
     distillation: Optimisation = Optimisation()
     divergence: Divergence = Divergence()
-    objective: Literal["sbds", "spad", "kl"] = "sbds"
+    objective: Literal["sbds", "spad", "kl", "stored"] = "sbds"
+    teacher_store: str | None = None
     spiking: Spiking = Spiking()
     spad: SpAD = SpAD()

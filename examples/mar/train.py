@@ -4,7 +4,8 @@
 
 Presets are in examples/mar/presets; any field may follow as field=value (--help lists them). Without teacher= and
 data= a small Llama is trained on the documentation that Python carries. The same command resumes an interrupted run.
-objective=sbds, spad or kl is the loss of stage 2: MAR's, BiSpikCLM's, or the forward KL alone.
+objective=sbds, spad or kl is the loss of stage 2: MAR's, BiSpikCLM's, or the forward KL alone; objective=stored
+teacher_store=DIRECTORY is the KL from what store_teacher.py has kept of the teacher.
 spiking.sparsity.target=0.5 keeps the student's neurons below that rate (docs/mar.md).
 spiking.weights=ternary or binary quantises the student's projections (docs/weights.md).
 output_dir gets a checkpoint per stage (orientation, alignment, stage1, student), metrics.json and figures/.
@@ -16,15 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from settings import STAGES, Config
+from torch import nn
 from transformers import PreTrainedModel
 
 from spikelm import plot
 from spikelm.convert import recipe_of
 from spikelm.data import load_whole
+from spikelm.data.teacher_store import TeacherStore, collate_stored, rows_fingerprint
 from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill import SBDS, HiddenAlignment, LogitDistillation, MatrixOrientation
 from spikelm.distill.objectives import Objective
+from spikelm.distill.stored import StoredDistillation
+from spikelm.distributed import on_first_rank
 from spikelm.errors import SpikelmError
 from spikelm.experiment import Experiment, Optimisation, embedded_teacher, say, teacher_seconds
 from spikelm.models.llamba import LlambaForCausalLM
@@ -112,10 +118,22 @@ def stage2(experiment: Experiment, dense: PreTrainedModel, config: Config) -> Pr
         converted = experiment.evaluate(student)
         objective = spiking_objective(config)
         teacher = dense.requires_grad_(False) if spiking.teacher == "stage1" else experiment.teacher
-        record = experiment.train("student", student, teacher, objective, spiking.optimisation)
+        guide, more = teacher_of(experiment, config, teacher)
+        record = experiment.train("student", student, guide, objective, spiking.optimisation, **more)
         return student, record | {"at_conversion": converted}
 
     return experiment.stage("student", build, asked="student" in config.stages)
+
+
+def teacher_of(experiment: Experiment, config: Config, teacher: PreTrainedModel) -> tuple[nn.Module, dict[str, Any]]:
+    """The teacher and the training's own data; with objective=stored what the teacher said of it, and no teacher."""
+    if config.objective != "stored":
+        return teacher, {}
+    assert config.teacher_store is not None  # checked
+    store = TeacherStore(config.teacher_store, teacher)
+    if store.index["data"] != rows_fingerprint(np.asarray(experiment.train_data["input_ids"], dtype=np.int32)):
+        raise SpikelmError(f"teacher_store {config.teacher_store} is of other contexts than this run trains on")
+    return nn.Identity(), {"dataset": store, "data_collator": collate_stored}
 
 
 def spiking_objective(config: Config) -> Objective:
@@ -126,6 +144,10 @@ def spiking_objective(config: Config) -> Objective:
 def quality_objective(config: Config) -> Objective:
     """What compares the student with its teacher."""
     spiking = config.spiking
+    if config.objective == "stored":
+        if config.teacher_store is None or config.streaming:
+            raise SpikelmError("objective=stored takes teacher_store=DIRECTORY (store_teacher.py) and no streaming")
+        return StoredDistillation(spiking.chunk_size)
     if config.objective == "kl":
         return LogitDistillation(chunk_size=spiking.chunk_size)
     if config.objective == "sbds":
@@ -180,7 +202,7 @@ def main() -> None:
     identity = to_dict(replace(config, stages=list(STAGES)))  # one run may do its stages one at a time
     check(config)
     keep_freed_memory()
-    with RunDirectory(config.output_dir, identity) as run:
+    with RunDirectory(config.output_dir, identity, several_processes=True) as run:
         experiment = prepare(config, run)
         models = {"teacher": experiment.teacher}
         dense = stage1(experiment, config)
@@ -191,7 +213,7 @@ def main() -> None:
                 models["student"] = student
         elif "student" in config.stages:
             raise SpikelmError("the student needs stage1: run it first, or leave student out of stages=")
-        print_table(report(experiment, models))
+        on_first_rank(lambda: print_table(report(experiment, models)))
         say(f"written: {run.path('metrics.json')}")
 
 

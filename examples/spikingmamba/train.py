@@ -23,6 +23,7 @@ from spikelm.convert import recipe_of, remember
 from spikelm.deploy import packed_storage, storage_line
 from spikelm.distill import HiddenMatch
 from spikelm.distill.callbacks import CompensationWeight
+from spikelm.distributed import on_first_rank
 from spikelm.energy import report as energy_report
 from spikelm.errors import SpikelmError
 from spikelm.experiment import Experiment, embedded_teacher, say, teacher_seconds
@@ -142,7 +143,7 @@ def main() -> None:
     config = config_from_command_line(Config, PRESETS, description=str(__doc__), default_preset="tiny")
     check(config)
     keep_freed_memory()
-    with RunDirectory(config.output_dir, to_dict(config)) as run:
+    with RunDirectory(config.output_dir, to_dict(config), several_processes=True) as run:
         experiment = prepare(config, run)
 
         def build() -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -152,7 +153,7 @@ def main() -> None:
 
         student = experiment.stage("student", build)
         assert student is not None  # asked for
-        print_table(report(experiment, student))
+        on_first_rank(lambda: print_table(report(experiment, student)))
         say(f"written: {run.path('metrics.json')}")
 
 

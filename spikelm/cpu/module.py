@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from spikelm.cpu.store import cache_directory as cache_directory
+from spikelm.cpu.store import keep_kernel, kernel_path, private_directory, read_kernel, warn_of_damage
 from spikelm.errors import SpikelmError
 
 # What each source exports: functions that take a packed struct and return 0, or another number where memory is short.
@@ -46,11 +48,6 @@ Functions = dict[str, Callable[[Any], int]]  # of bytes, or of a buffer that the
 _Key = tuple[str, torch.dtype, torch.dtype, str]
 _LOADED: dict[_Key, Functions] = {}
 _FAILED: dict[_Key, str] = {}
-
-
-def cache_directory() -> Path:
-    """Where built kernels are kept: $SPIKELM_CACHE, else ~/.cache/spikelm."""
-    return Path(os.environ.get("SPIKELM_CACHE") or Path.home() / ".cache" / "spikelm")
 
 
 @cache
@@ -105,7 +102,7 @@ def storage(io: torch.dtype, spike: torch.dtype) -> str:
 
 
 def build(text: str) -> Path:
-    """Compiles a source into the cache, unless it is there, and returns the library's path.
+    """Compiles a source into the cache, unless it is there whole, and returns the library's path.
 
     A file lock lets one of several processes build. $SPIKELM_MARCH names another target than "native".
     """
@@ -114,32 +111,35 @@ def build(text: str) -> Path:
         raise SpikelmError(f"backend 'cpu': {unavailable()}")
     command = [program, *FLAGS, f"-march={os.environ.get('SPIKELM_MARCH', 'native')}"]
     key = hashlib.sha256("\0".join([text, *command, _version(program), processor()]).encode()).hexdigest()[:32]
-    folder = cache_directory() / "cpu"
-    library = folder / f"{key}.so"
-    if library.exists():
-        return library
+    library, lock = (kernel_path("cpu", key, suffix) for suffix in (".so", ".lock"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{key}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                _compile(command, text, library)
+        private_directory("cpu")
+        if read_kernel(library) is not None:
+            return library
+        with open(lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if read_kernel(library) is None:
+                warn_of_damage(library)
+                keep_kernel(library, _compile(command, text, library.parent))
     except OSError as error:
         raise SpikelmError(
-            f"backend 'cpu': cannot write kernels to {folder} ({error}); set SPIKELM_CACHE to a writable directory"
+            f"backend 'cpu': cannot write kernels to {library.parent} ({error}); set SPIKELM_CACHE to a writable "
+            "directory"
         ) from error
+    except SpikelmError as error:
+        raise error if str(error).startswith("backend ") else SpikelmError(f"backend 'cpu': {error}") from error
     return library
 
 
-def _compile(command: list[str], text: str, library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
-        path = Path(temporary) / "kernel.cpp"
+def _compile(command: list[str], text: str, folder: Path) -> bytes:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        path, library = Path(temporary) / "kernel.cpp", Path(temporary) / "kernel.so"
         path.write_text(text)
-        done = subprocess.run([*command, str(path), "-o", f"{temporary}/kernel.so"], capture_output=True, text=True)
+        done = subprocess.run([*command, str(path), "-o", str(library)], capture_output=True, text=True)
         if done.returncode:
             said = "\n".join(line for line in done.stderr.splitlines() if "error" in line)[:2000] or done.stderr[-2000:]
             raise SpikelmError(f"backend 'cpu': {command[0]} failed with {done.returncode}:\n{said}")
-        os.replace(f"{temporary}/kernel.so", library)
+        return library.read_bytes()
 
 
 def _load(library: Path, names: Sequence[str]) -> Functions:

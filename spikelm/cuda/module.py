@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spikelm.cpu.module import cache_directory
+from spikelm.cpu.store import keep_kernel, kernel_path, private_directory, read_kernel, warn_of_damage
 from spikelm.errors import SpikelmError, warn_once
 
 # The kernels of each source; it includes what else it needs of HEADERS.
@@ -132,21 +130,31 @@ def build(definitions: str, architecture: str, source: str = "multistep.cuh") ->
     nvrtc = importlib.import_module("cupy").cuda.nvrtc
     parts = [definitions, *_texts(source).values(), *OPTIONS, architecture, str(nvrtc.getVersion())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    path = cache_directory() / "cuda" / f"{key}.cubin"
-    if path.exists():
-        return path.read_bytes()
-    cubin, _ = compile_cubin(definitions, architecture, source=source)
+    path = kernel_path("cuda", key, ".cubin")
+    reason: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # seen whole by other processes
-            file.write(cubin)
-        os.replace(file.name, path)
-    except OSError as error:
-        warn_once(
-            f"CUDA kernels are compiled anew in every process: they cannot be written to {path.parent} ({error}); "
-            "set SPIKELM_CACHE to a writable directory"
-        )
+        private_directory("cuda")
+        kept = read_kernel(path)
+        if kept is not None:
+            return kept
+        warn_of_damage(path)
+    except (OSError, SpikelmError) as error:
+        reason = _unwritable(path, error)
+    cubin, _ = compile_cubin(definitions, architecture, source=source)
+    if reason is None:
+        try:
+            keep_kernel(path, cubin)
+        except OSError as error:
+            reason = _unwritable(path, error)
+    if reason is not None:
+        warn_once(f"CUDA kernels are compiled anew in every process: {reason}")
     return cubin
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    if isinstance(error, SpikelmError):
+        return str(error)
+    return f"they cannot be written to {path.parent} ({error}); set SPIKELM_CACHE to a writable directory"
 
 
 def compile_cubin(

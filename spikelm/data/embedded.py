@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikelm.data.text import text_contexts
+from spikelm.distributed import on_first_rank
 from spikelm.errors import SpikelmError
 
 if TYPE_CHECKING:
@@ -214,12 +215,16 @@ def train_teacher(
         save_steps=200,
         seed=seed,
     )
-    shutil.rmtree(partial, ignore_errors=True)
-    model.eval().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.copy(training / "log.jsonl", partial)
-    os.replace(partial, target)
-    shutil.rmtree(training)
+
+    def keep() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.eval().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.copy(training / "log.jsonl", partial)
+        os.replace(partial, target)
+        shutil.rmtree(training)
+
+    on_first_rank(keep)
     return target
 
 

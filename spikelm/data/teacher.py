@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikelm.data.text import check_tokenizer
 from spikelm.errors import SpikelmError
+from spikelm.limits import check_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ def load_whole(model_class: Any, path_or_hub_id: str, role: str) -> "PreTrainedM
     """model_class.from_pretrained in float32; SpikelmError, naming the `role`, unless every weight is there."""
     import torch
 
+    check_directory(path_or_hub_id, role)
     try:
         loaded: Any = model_class.from_pretrained(
             path_or_hub_id, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -42,6 +44,10 @@ def load_whole(model_class: Any, path_or_hub_id: str, role: str) -> "PreTrainedM
     except Exception as error:  # damaged weights raise the classes of several libraries; the cause stays chained
         raise SpikelmError(f"{role} {path_or_hub_id}: its weights cannot be loaded: {_reason(error)}") from error
     model, loading = loaded
+    if any(name.endswith(".neuron.a") for name in loading["unexpected_keys"]):
+        raise SpikelmError(
+            f"{role} {path_or_hub_id} has a spiking model's weights, but its config.json holds no recipe"
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise SpikelmError(f"{role} {path_or_hub_id} lacks {len(missing)} of its weights, {missing[0]} among them")
@@ -54,6 +60,7 @@ def _check_causal(name: str, role: str) -> None:
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise SpikelmError(f"{role} {name} holds no config.json; a directory written by save_pretrained is accepted")
+    check_directory(name, role)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # files, network and configuration classes; the cause stays chained

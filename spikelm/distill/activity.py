@@ -51,6 +51,8 @@ class Activity:
     weight: float = 1.0
     measure: Literal["union", "sum"] = "union"
 
+    called_methods = ("fires", "spike_count")  # of the neurons, on what reached them
+
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise SpikelmError(f"measure must be one of {', '.join(MEASURES)}; got {self.measure!r}")

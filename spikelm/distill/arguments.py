@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spikelm.distributed import share_of_update
 from spikelm.errors import SpikelmError
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -26,14 +27,15 @@ def training_options(
 ) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments or a class derived from it; see `spikelm.distill.trainer.train`.
 
-    checked: the options of check_options, which names one that is out of range.
+    checked: the options of check_options, which names one that is out of range. Several processes share an update.
     """
     check_options(**checked)
+    batch_size, gradient_accumulation = share_of_update(checked["batch_size"], checked["gradient_accumulation"])
     return {
         "output_dir": str(output_dir),
         "max_steps": checked["steps"],
-        "per_device_train_batch_size": checked["batch_size"],
-        "gradient_accumulation_steps": checked["gradient_accumulation"],
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
         "learning_rate": checked["learning_rate"],
         "lr_scheduler_type": SCHEDULES[checked["schedule"]],
         "warmup_steps": round(checked["warmup_fraction"] * checked["steps"]),

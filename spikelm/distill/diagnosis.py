@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,15 @@ def non_finite_tensor(model: nn.Module) -> str | None:
     """ "parameter NAME" or "buffer NAME" of the first tensor of the model that holds a NaN or an infinity, or None."""
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not _is_finite(tensor):
                 return f"{kind} {name}"
     return None
+
+
+def _is_finite(tensor: Any) -> bool:
+    """Of a tensor in parts, this process's own."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(torch.isfinite(local).all())
 
 
 def likely_cause(
@@ -57,7 +64,7 @@ def likely_cause(
         what = f"term {', '.join(wrong)} of the loss" if wrong else "the loss"
         return f"{what} is not finite though all parameters are: values overflow in the forward pass{remedy}"
     gradients = [(name, p.grad) for name, p in student.named_parameters() if p.grad is not None]
-    infinite = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    infinite = [name for name, gradient in gradients if not _is_finite(gradient)]
     what = (
         f"of {infinite[0]}" + (f" and {len(infinite) - 1} more" if infinite[1:] else "") if infinite else "as a whole"
     )

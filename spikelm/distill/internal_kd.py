@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikelm.distill.objectives import refuse_several_processes
+from spikelm.distill.objectives import refuse_wrapped
 from spikelm.distill.parameters import PROJECTIONS
 from spikelm.distill.taps import Taps
 from spikelm.errors import SpikelmError
@@ -98,7 +98,7 @@ class InternalKD:
         """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         if self.hidden_weight > 0:
-            refuse_several_processes(self)  # the map is called outside of the student's forward
+            refuse_wrapped(self, student)  # the map is called outside of the student's forward
         inside = self.hidden_weight > 0 or self.attention_weight > 0
         count = self.count_items(batch) if num_items is None else num_items
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0

@@ -56,10 +56,12 @@ class MatrixOrientation:
     L]`. The teacher's maps of all layers, layers * B * H * L^2 numbers, are held: use a small batch for long contexts.
     """
 
+    called_methods = ("mixing_matrix",)
+
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
-        refuse_several_processes(self)
+        refuse_wrapped(self, student)
         mask, padding = batch_mask(batch), mixer_padding(batch)
         total: Tensor | None = None
         for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=True):
@@ -90,10 +92,12 @@ class HiddenAlignment:
     layers.
     """
 
+    called_methods = ("mixing_matrix",)
+
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
-        refuse_several_processes(self)
+        refuse_wrapped(self, student)
         mask, padding = batch_mask(batch), mixer_padding(batch)
         total: Tensor | None = None
         for mixer, hidden, output in _mixer_pairs(student, teacher, batch, eager=False):
@@ -363,10 +367,20 @@ def _check_width(teacher_size: int, student_size: int) -> None:
         raise SpikelmError(f"teacher and student differ in hidden size: {teacher_size} against {student_size}")
 
 
-def refuse_several_processes(objective: object) -> None:
-    """Parts of the student are called by themselves, outside its forward, where gradients would not be averaged."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+def refuse_wrapped(objective: object, student: nn.Module) -> None:
+    """Parts of the student are called by themselves, outside its forward, where gradients would not be averaged.
+
+    train() wraps the objective together with the student, and the student that it is called with is bare.
+    """
+    if isinstance(student, nn.parallel.DistributedDataParallel):
         raise SpikelmError(
-            f"{type(objective).__name__} runs in one process only, given world size {distributed.get_world_size()}"
+            f"{type(objective).__name__} calls parts of the student by themselves, and their gradients would not be "
+            "averaged: give the bare student, wrapped together with the objective as spikelm.distill.trainer.train does"
         )
+
+
+def called_methods(objective: object) -> tuple[str, ...]:
+    """The methods of a student's parts that an objective calls by themselves, those of what it is made of included."""
+    inner = getattr(objective, "objective", None)
+    own: tuple[str, ...] = getattr(objective, "called_methods", ())
+    return own if inner is None else (*own, *called_methods(inner))

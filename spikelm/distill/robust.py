@@ -16,7 +16,9 @@ from transformers import Trainer, TrainingArguments
 from spikelm.distill.callbacks import StopAtStepEnd, loss_on_bar
 from spikelm.distill.checkpoints import checkpoint_step, checkpoints, keep_latest, latest_checkpoint, mark_complete
 from spikelm.distill.diagnosis import last_good_checkpoint, likely_cause, non_finite_tensor
+from spikelm.distill.parallel import whole
 from spikelm.distill.parameters import parameter_groups
+from spikelm.distributed import on_first_rank
 from spikelm.errors import SpikelmError
 from spikelm.run import require_free_space
 
@@ -45,14 +47,28 @@ class RobustTrainer(Trainer):
         """As in Trainer, and stop before the optimizer step when the loss is NaN or infinite."""
         loss: Tensor = super().training_step(*args, **kwargs)
         # One synchronisation, in place of the one of logging_nan_inf_filter, which `training_options` switches off.
-        if not math.isfinite(loss.item()):
+        if self.on_any_rank(not math.isfinite(loss.item())):
             raise self._not_finite(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}", loss_is_finite=False
+                f"the loss is {self.accelerator.reduce(loss).item()} at step {self.state.global_step + 1}",
+                loss_is_finite=False,
             )
         return loss
 
+    def on_any_rank(self, here: bool) -> bool:
+        """Whether it is so on any process: what one of them stops for, all stop for."""
+        if self.args.world_size == 1:
+            return here
+        anywhere = torch.tensor(float(here), device=self.args.device)
+        torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+        return bool(anywhere.item())
+
+    def training_ended(self) -> None:
+        """Called when `train` has come to its end without an error."""
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, Tensor):
+            norm = whole(norm)
         # DeepSpeed may know none. With fp16 an infinite one now and then is how the loss scale is found: it is skipped.
         if norm is not None and not math.isfinite(float(norm)) and self.accelerator.scaler is None:
             raise self._not_finite(f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}")
@@ -87,7 +103,7 @@ class RobustTrainer(Trainer):
         return self.optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if non_finite_tensor(self.student) is not None:
+        if self.on_any_rank(non_finite_tensor(self.student) is not None):
             raise self._not_finite(f"the student is not finite after step {self.state.global_step} and is not saved")
         start = time.perf_counter()
         output_dir = Path(str(self.args.output_dir))
@@ -148,8 +164,10 @@ def run_to_the_end(trainer: RobustTrainer, checkpoint: Path | None, stop: StopAt
     try:
         with stop.handling_interrupts(trainer.args.world_size), loss_on_bar(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.training_ended()
     finally:
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        for model in (trainer.model_wrapped, student):
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if trainer.args.activation_checkpointing:
             student.activation_checkpointing_disable()
         student.train(was_training)
@@ -164,18 +182,23 @@ def run_to_the_end(trainer: RobustTrainer, checkpoint: Path | None, stop: StopAt
 
 def find_checkpoint(output_dir: Path, steps: int, resume: bool) -> Path | None:
     """The last whole checkpoint to go on from, or None; SpikelmError for one beyond `steps`, or any without resume."""
-    if not resume:
-        if checkpoints(output_dir):
+
+    def find() -> str | None:
+        if not resume:
+            if checkpoints(output_dir):
+                raise SpikelmError(
+                    f"{output_dir} already holds checkpoints: resume, delete them or choose another output_dir"
+                )
+            return None
+        checkpoint = latest_checkpoint(output_dir)
+        if checkpoint is not None and (checkpoint_step(checkpoint) or 0) > steps:
             raise SpikelmError(
-                f"{output_dir} already holds checkpoints: resume, delete them or choose another output_dir"
+                f"{checkpoint} is beyond the {steps} steps asked for: raise steps or choose another output_dir"
             )
-        return None
-    checkpoint = latest_checkpoint(output_dir)
-    if checkpoint is not None and (checkpoint_step(checkpoint) or 0) > steps:
-        raise SpikelmError(
-            f"{checkpoint} is beyond the {steps} steps asked for: raise steps or choose another output_dir"
-        )
-    return checkpoint
+        return None if checkpoint is None else str(checkpoint)
+
+    found = on_first_rank(find)
+    return None if found is None else Path(found)
 
 
 def _checkpoint_bytes(model: nn.Module) -> int:

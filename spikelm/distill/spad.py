@@ -32,7 +32,7 @@ from spikelm.distill.objectives import (
     hidden_outputs,
     mixer_padding,
     output_heads,
-    refuse_several_processes,
+    refuse_wrapped,
 )
 from spikelm.distill.parameters import PROJECTIONS
 from spikelm.distill.taps import Taps, eager_attention, mixer_modules, unwrapped
@@ -102,12 +102,17 @@ class SpAD:
         BinaryIF(self.beta, self.v_threshold, reset_delay=True)  # names a value that it does not take
         check_chunk_size(self.chunk_size)
 
+    @property
+    def called_methods(self) -> tuple[str, ...]:
+        """A state-space student's mixers are asked for their matrices."""
+        return ("mixing_matrix",) if self.attention_weight else ()
+
     def __call__(
         self, student: nn.Module, teacher: nn.Module, batch: Batch, num_items: Tensor | float | None = None
     ) -> dict[str, Tensor]:
         projections: Any = getattr(unwrapped(student), PROJECTIONS, {})
         if len(projections) or self._mixers(student):
-            refuse_several_processes(self)
+            refuse_wrapped(self, student)
         teacher_hidden, teacher_maps = self._teacher_states(teacher, batch)
         student_hidden, student_maps = self._student_states(student, batch)
         mask = batch_mask(batch)

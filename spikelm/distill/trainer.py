@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from spikelm import distributed
 from spikelm.distill.arguments import training_options
 from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics
-from spikelm.distill.objectives import Batch, Objective, batch_mask
+from spikelm.distill.objectives import Batch, Objective, batch_mask, called_methods
+from spikelm.distill.parallel import Parallel, UnderObjective, for_a_file, in_parts, same_on_all, sharded, wrapped
 from spikelm.distill.parameters import only_trainable, projections_attached
 from spikelm.distill.robust import RobustTrainer, find_checkpoint, require_one_device, run_to_the_end
+from spikelm.distill.sharing import FILLER, Share, shared_loader
 from spikelm.errors import SpikelmError
 
 
@@ -58,6 +64,7 @@ class DistillationTrainer(RobustTrainer):
         objective: see spikelm.distill.objectives.
         args: transformers.TrainingArguments; save_total_limit counts whole checkpoints.
         threshold_learning_rate: > 0, or None for the one of all other parameters.
+        parallel: where several processes keep the two models; see Parallel.
         **options: further arguments of transformers.Trainer.
     """
 
@@ -71,6 +78,7 @@ class DistillationTrainer(RobustTrainer):
         args: TrainingArguments,
         *,
         threshold_learning_rate: float | None = None,
+        parallel: Parallel | None = None,
         **options: Any,
     ) -> None:
         if teacher is student:
@@ -78,7 +86,12 @@ class DistillationTrainer(RobustTrainer):
         require_one_device(args)
         self.student = student
         super().__init__(model=student, args=args, data_collator=options.pop("data_collator", collate), **options)
-        self.teacher = teacher.to(args.device).eval().requires_grad_(False)
+        self.parallel = Parallel() if parallel is None or args.world_size == 1 else parallel
+        self.teacher = teacher.eval().requires_grad_(False)
+        if self.parallel.teacher == "replicated":
+            self.teacher.to(args.device)
+        self._shared = UnderObjective(student, self._terms_of)
+        self._in_parts = ExitStack()
         self.objective = objective
         self.threshold_learning_rate = threshold_learning_rate
         self.loss_is_scaled_for_ga = True  # objectives divide by the tokens of the whole update
@@ -100,16 +113,94 @@ class DistillationTrainer(RobustTrainer):
         """Saving is no training time in tokens_per_second."""
         self._log_time += seconds
 
+    def get_train_dataloader(self) -> Any:
+        """As in Trainer; several processes share each batch of one process, row by row."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import prepare_data_loader
+
+        rows: Any = self.train_dataset
+        share = Share.of_this_process(self.args.train_batch_size)
+        options = {"pin_memory": self.args.dataloader_pin_memory}
+        loader = shared_loader(rows, self._get_train_sampler(rows), self.data_collator, share, **options)
+        # It is shared already: accelerate is told of one process.
+        return prepare_data_loader(loader, self.args.device, 1, 0, put_on_device=True, dispatch_batches=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler: Any = super()._get_train_sampler(train_dataset)
+        grouped = isinstance(sampler, LengthGroupedSampler)
+        if grouped and self.args.world_size > 1:
+            sampler.batch_size *= self.args.world_size  # it groups what one update sees
+            # Else it draws from the generator that dropout draws from, and the processes' orders would drift apart.
+            generator, seed = torch.Generator(), self.args.seed
+            sampler.generator, sampler.set_epoch = generator, lambda epoch: generator.manual_seed(seed + epoch)
+        return sampler
+
     def _prepare_for_training(self, *args: Any) -> tuple[Any, Any]:
+        if self.args.world_size > 1:
+            self._share_models()
         prepared: tuple[Any, Any] = super()._prepare_for_training(*args)
         self._log_time = time.perf_counter()  # loading and wrapping is no training time in tokens_per_second
         return prepared
+
+    def _share_models(self) -> None:
+        """Before the optimizer is made, which holds the parameters that there are then."""
+        same_on_all(self.student)
+        device, called = self.args.device, called_methods(self.objective)
+        if self.parallel.teacher != "replicated" and any(True for _ in self.teacher.parameters()):
+            self._in_parts.enter_context(sharded(self.teacher, self.teacher, self.parallel.teacher, device))
+        if self.parallel.student != "replicated":
+            parts = sharded(self._shared, self.student, self.parallel.student, device, called)
+            self._in_parts.enter_context(parts)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if self.args.world_size == 1:
+            return super()._wrap_model(model, training, dataloader)
+        if self.args.mixed_precision != "no":  # autocast around the student's forward, as for one process
+            self.accelerator.prepare_model(self.student, device_placement=False, evaluation_mode=True)
+        return wrapped(self._shared, self.parallel.student, self.args.device)
+
+    def training_ended(self) -> None:
+        """Every process has the whole student and teacher again."""
+        self._in_parts.close()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._student_in_parts:
+            state_dict = for_a_file(self.student.state_dict(keep_vars=True))
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._student_in_parts:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, schedule = self._stateful()
+        state = for_a_file(optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._student_in_parts:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, schedule = self._stateful()
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(in_parts(state, optimizer))
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _stateful(self) -> tuple[Any, Any]:
+        return self.optimizer, self.lr_scheduler
+
+    @property
+    def _student_in_parts(self) -> bool:
+        return self.args.world_size > 1 and self.parallel.student != "replicated"
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Counted tokens, or the objective's own items, of one update, over all its micro-batches and processes."""
         if not batch_samples:  # a streamed dataset that has ended
             return None
-        count = torch.stack([self._count(batch) for batch in batch_samples]).sum().to(device)
+        counts = [self._count(batch) * (0 if FILLER in batch else 1) for batch in batch_samples]
+        count = torch.stack(counts).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         self._items += count
@@ -126,14 +217,22 @@ class DistillationTrainer(RobustTrainer):
         """The objective's loss; under several processes times their number, because their gradients are averaged."""
         if return_outputs:
             raise SpikelmError("DistillationTrainer does not evaluate: use spikelm.evaluate.evaluate")
+        processes = self.args.world_size
+        weight = 0 if inputs.pop(FILLER, None) is not None else processes
         # The heads run outside the student's forward, which alone accelerate puts under autocast.
         with self.accelerator.autocast():
-            terms = self.objective(model, self.teacher, inputs, num_items_in_batch)
+            if processes > 1:
+                terms = model(inputs, num_items_in_batch)
+            else:
+                terms = self.objective(model, self.teacher, inputs, num_items_in_batch)
         for name, value in terms.items():
             if name != "loss":
-                value = value.detach() * self.args.world_size
+                value = value.detach() * weight
                 self._terms[name] = self._terms[name] + value if name in self._terms else value
-        return terms["loss"] * self.args.world_size
+        return terms["loss"] * weight
+
+    def _terms_of(self, batch: Batch, num_items: Tensor | float | None) -> dict[str, Tensor]:
+        return self.objective(self.student, self.teacher, batch, num_items)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's terms (mean per step) and items per second since the last log to Trainer's step logs."""
@@ -177,6 +276,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]] = collate,
     group_by_length: bool = False,
+    parallel: Parallel | None = None,
 ) -> dict[str, float]:
     """Train `student` in place with AdamW to `steps` updates, from the last whole checkpoint of output_dir if any.
 
@@ -185,7 +285,8 @@ def train(
             where it is streamed.
         output_dir: gets log.jsonl (a line every `logging_steps`), checkpoint-<step>/ (every `save_steps` and at the
             end; only the last is kept) and, where tensorboard is installed, its event files.
-        batch_size: contexts per forward pass and process; an update sees batch_size * gradient_accumulation of them.
+        batch_size: contexts per forward pass; an update sees batch_size * gradient_accumulation of them. Several
+            processes share an update, in smaller forward passes or fewer: it is the same for any number of them.
         warmup_fraction: part of the steps over which the rate rises from 0, in [0, 1).
         schedule: "cosine" or "linear" (both down to 0), or "constant".
         max_grad_norm: 0 for no clipping.
@@ -195,6 +296,10 @@ def train(
         callbacks: further transformers callbacks.
         data_collator: rows to a batch.
         group_by_length: batches of contexts of about one length, drawn at random.
+        parallel: where several processes keep student and teacher; see spikelm.distill.parallel.Parallel.
+
+    Under torchrun or accelerate launch all processes call this together, with equal models and data, and each has the
+    trained student at the end; the first one writes. A checkpoint does not tell how many processes made it.
 
     What an objective trains beside the student (`SpAD.build_projections`) is part of the student and its checkpoints
     during this call, and taken off it at its end.
@@ -206,6 +311,7 @@ def train(
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt (one process only); a second one stops at
     once.
     """
+    distributed.start()
     output_dir = Path(output_dir)
     options = training_options(
         student,
@@ -236,10 +342,11 @@ def train(
             objective,
             TrainingArguments(**options, train_sampling_strategy="group_by_length" if group_by_length else "random"),
             threshold_learning_rate=threshold_learning_rate,
+            parallel=(Parallel() if parallel is None else parallel).launched(),
             train_dataset=dataset,
             data_collator=data_collator,
             callbacks=[*callbacks, MetricsFile(output_dir / "log.jsonl"), stop],  # what they add to a log is written
         )
         run_to_the_end(trainer, checkpoint, stop)
-    metrics = last_metrics(output_dir / "log.jsonl")
+    metrics = distributed.on_first_rank(lambda: last_metrics(output_dir / "log.jsonl"))
     return {"steps": steps, "wall_s": metrics.pop("wall_s"), **{k: v for k, v in metrics.items() if k != "step"}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from spikelm.ops.kernel import Kernel
 TOLERATED = 1.05  # a gather's time over the dense product's, up to which it is taken
 _SHAPE = (2048, 4096)  # channels and outputs of the measurement
 _ROUNDS = 5
+_MOST_BYTES = 1 << 20  # of a file of some kilobytes
 
 
 def break_even(weights: torch.dtype, tokens: int) -> float:
@@ -45,7 +47,7 @@ def _known(weights: torch.dtype, tokens: int, threads: int) -> float:
     kept = _kept(path)
     kept.setdefault(machine, {})[key] = share
     with suppress(OSError):  # measured anew in the next process
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / path.name
             whole.write_text(json.dumps(kept, indent=1))
@@ -54,8 +56,11 @@ def _known(weights: torch.dtype, tokens: int, threads: int) -> float:
 
 
 def _kept(path: Path) -> dict[str, dict[str, Any]]:
-    """The shares of every machine in a file, whatever else may be in it."""
-    with suppress(OSError, ValueError):
+    """The shares of every machine in a file, whatever else may be in it or in its place."""
+    with suppress(OSError, ValueError, RecursionError):
+        entry = path.lstat()
+        if not stat.S_ISREG(entry.st_mode) or entry.st_size > _MOST_BYTES:  # reading a pipe would not end
+            return {}
         found = json.loads(path.read_text())
         if isinstance(found, dict):
             return {machine: shares for machine, shares in found.items() if isinstance(shares, dict)}

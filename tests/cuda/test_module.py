@@ -174,8 +174,9 @@ def test_a_cubin_is_built_once(cupy: SimpleNamespace, tmp_path: Path) -> None:
     assert module.build("#define A\n", "sm_90") == b"cubin 1"
     assert module.build("#define A\n", "sm_90") == b"cubin 1"
     assert nvrtc.compiled == [("-std=c++17", "--fmad=false", "-arch=sm_90")]
-    (path,) = (tmp_path / "cuda").iterdir()  # and nothing else
+    path, digest = sorted((tmp_path / "cuda").iterdir())  # and nothing else
     assert path.read_bytes() == b"cubin 1"
+    assert digest.name == f"{path.name}.sha256"
     assert module.build("#define B\n", "sm_90") == b"cubin 2"
     assert module.build("#define A\n", "sm_80") == b"cubin 3"
     nvrtc.version = (13, 1)

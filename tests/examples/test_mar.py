@@ -261,7 +261,7 @@ def test_every_preset_is_accepted(load_example: Callable[[str], ModuleType]) -> 
 
     train = load_example("mar/train.py")
     names = preset_names(train.PRESETS)
-    assert names == ["demo", "llamba_1b", "smoke", "tiny"]
+    assert names == ["demo", "llamba_1b", "llamba_1b_8gpu", "smoke", "tiny"]
     for name in names:
         config = load_config(train.Config, name, [], train.PRESETS)
         train.check(config)

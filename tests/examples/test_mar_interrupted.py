@@ -150,7 +150,7 @@ def test_an_unknown_preset_names_those_there_are(
     mar: Any, same_teacher: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert mar.run(tmp_path / "run", same_teacher, preset="huge") == 2
-    assert "demo, llamba_1b, smoke, tiny" in error_line(capfd)
+    assert "demo, llamba_1b, llamba_1b_8gpu, smoke, tiny" in error_line(capfd)
     assert not (tmp_path / "run").exists()
 
 

@@ -164,7 +164,7 @@ def test_every_preset_is_accepted(load_example: Callable[[str], ModuleType]) -> 
 
     train = load_example("spikingmamba/train.py")
     names = preset_names(train.PRESETS)
-    assert names == ["mamba2_1b3", "smoke", "tiny"]
+    assert names == ["mamba2_1b3", "mamba2_1b3_8gpu", "smoke", "tiny"]
     for name in names:
         config = load_config(train.Config, name, [], train.PRESETS)
         train.check(config)

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from spikelm.errors import SpikelmError
+from spikelm.limits import check_sizes
 
 # Widths of the OPT models (arXiv 2205.01068, Table 1) that the paper trains beside.
 SHAPES: dict[str, dict[str, int]] = {
@@ -76,6 +77,7 @@ class BiSpikCLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(vars(self))  # before anything of these sizes is made
         counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
         if self.ffn_dim is None:
             self.ffn_dim = 4 * self.hidden_size

@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from spikelm.errors import SpikelmError
+from spikelm.limits import check_sizes
+from spikelm.neurons.base import check_count
 
 
 @strict
@@ -57,11 +59,14 @@ class LlambaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(vars(self))  # before anything of these sizes is made
         if self.resid_dropout != 0.0 or self.lm_head_prenorm != "rms":
             raise SpikelmError(
                 "Llamba here has resid_dropout 0.0 and lm_head_prenorm 'rms' alone; got "
                 f"{self.resid_dropout} and {self.lm_head_prenorm!r}"
             )
+        for name in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple"):
+            check_count(name, getattr(self, name))
         self.vocab_size += -self.vocab_size % self.pad_vocab_size_multiple
         self.mlp_cfg = {"intermediate_size": 8192, "bias": False, "act_fn": "silu"} | (self.mlp_cfg or {})
         self.ssm_cfg = {"d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128} | {

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from spikelm.equilibrium import Solver
 from spikelm.errors import SpikelmError
+from spikelm.limits import check_sizes
 from spikelm.neurons.base import check_count, check_positive
 from spikelm.ops.weight_quantization import FORMS
 
@@ -83,6 +84,7 @@ class SpikingBertConfig(PreTrainedConfig):
     packed: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(vars(self))  # before anything of these sizes is made
         counts = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
         for name in (*counts, "num_hidden_layers", "type_vocab_size", "T", "steps_at_once"):
             check_count(name, getattr(self, name))
