@@ -12,6 +12,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "examples/README.md",
     "docs/install.md",
     "docs/faithfulness.md",
     "docs/neurons.md",

@@ -3,14 +3,13 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from spikelm import Recipe, calibrate, deploy, spikify
+from spikelm import Recipe, deploy, spikify
 from spikelm.energy import COSTS, CostTable, OperationCounter, Report, report
 from spikelm.energy.spikes import flow_of
 from spikelm.errors import SpikelmError
@@ -18,25 +17,10 @@ from spikelm.evaluate import firing_statistics
 from spikelm.layers import TernaryLinear
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.neurons import ATMN
-from tests.small_models import llamba, mamba2
+from tests.energy.report_cases import IDS, calibrated, rows_of, total
+from tests.small_models import llamba
 
-IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": row} for row in IDS.tolist()]
-
-
-def calibrated(name: str) -> Any:
-    model = spikify(mamba2(), "spikingmamba") if name == "mamba2" else spikify(llamba(), "mar")
-    calibrate(model, [{"input_ids": IDS}])
-    return model
-
-
-def rows_of(found: Report, phase: str, **wanted: Any) -> list[dict[str, Any]]:
-    rows = found.data["phases"][phase]["products"]
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
-def total(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows)
 
 
 # ---- the papers' figures, from real configurations without weights

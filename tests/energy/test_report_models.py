@@ -9,30 +9,14 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from spikelm import calibrate, deploy, spikify
-from spikelm.energy import Report, report
+from spikelm import deploy
+from spikelm.energy import report
 from spikelm.energy.attention import PlainAttention
 from spikelm.energy.spikes import Flow, mark
 from spikelm.energy.trace import Trace
 from spikelm.neurons import ATMN, TILIF, BinaryIF
-from tests.small_models import bert, bispikclm, llamba, mamba2, spikingbert
-
-IDS = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-def calibrated(name: str) -> Any:
-    model = spikify(mamba2(), "spikingmamba") if name == "mamba2" else spikify(llamba(), "mar")
-    calibrate(model, [{"input_ids": IDS}])
-    return model
-
-
-def rows_of(found: Report, phase: str, **wanted: Any) -> list[dict[str, Any]]:
-    rows = found.data["phases"][phase]["products"]
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
-def total(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows)
+from tests.energy.report_cases import IDS, calibrated, rows_of, total
+from tests.small_models import bert, bispikclm, spikingbert
 
 
 @pytest.mark.parametrize("mode", ["m", "s"])
