@@ -332,6 +332,8 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 def _without_place(config: Any) -> Any:
     """A configuration without where it lies, and how processes share it, that of a run it starts from included."""
+    if not isinstance(config, dict):
+        return config
     return _without_parallel({key: value for key, value in config.items() if key != "output_dir"})
 
 

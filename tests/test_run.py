@@ -260,3 +260,12 @@ def test_versions_are_json() -> None:
     assert found["spikelm"] == spikelm.__version__
     assert found["machine"]["cores"] == os.cpu_count()
     assert found["machine"]["cpu"]
+
+
+@pytest.mark.parametrize("config", [[1], "text", 3, None])
+def test_a_configuration_that_is_none_is_another_run(tmp_path: Path, config: object) -> None:
+    with RunDirectory(tmp_path / "run", {"seed": 1}) as run:
+        run.write_json("made.json", 1)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(SpikelmError, match="already holds another run"):
+        RunDirectory(tmp_path / "run", {"seed": 1})

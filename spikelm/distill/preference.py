@@ -21,6 +21,7 @@ from spikelm.distill.arguments import check_rate, training_options
 from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics
 from spikelm.distill.robust import find_checkpoint, run_to_the_end
 from spikelm.distill.trainer import collate
+from spikelm.distributed import world_size
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import evaluation_mode
 
@@ -72,7 +73,7 @@ def train_preferences(
         reference: the distilled student, frozen (its mode and requires_grad are set); None copies the student as given.
         train_pairs, held_out_pairs: rows {"prompt", "chosen", "rejected"} of text, see spikelm.data.preferences.
         tokenizer: without a pad token its eos pads (said in a logged warning); it is not changed.
-        batch_size: pairs per forward pass and process, two sequences each.
+        batch_size: pairs per forward pass, two sequences each.
         max_length: tokens of prompt and completion; a longer pair is an error. None for no limit.
         others: as in spikelm.distill.trainer.train, log.jsonl and checkpoints included.
 
@@ -80,9 +81,12 @@ def train_preferences(
         {"steps", "wall_s", "loss", TRL's "rewards/accuracies", "rewards/margins", "logps/chosen", ... of the last log
         line, "held_out": {"before", "after"}: preference_metrics, before as the student is given}.
 
-    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt (one process only).
+    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt. One process only: SpikelmError where a
+    launcher has started several.
     """
     require_trl("preference optimisation and its trainer")
+    if world_size() > 1:
+        raise SpikelmError(f"train_preferences runs in one process; a launcher has started {world_size()}")
     output_dir = Path(output_dir)
     _check(student, reference, tokenizer, beta)
     options = training_options(

@@ -223,8 +223,9 @@ class DistillationTrainer(RobustTrainer):
         with self.accelerator.autocast():
             if processes > 1:
                 terms = model(inputs, num_items_in_batch)
-            else:
-                terms = self.objective(model, self.teacher, inputs, num_items_in_batch)
+            else:  # a launcher's only process has a wrapper too, which has nobody to average with
+                student = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+                terms = self.objective(student, self.teacher, inputs, num_items_in_batch)
         for name, value in terms.items():
             if name != "loss":
                 value = value.detach() * weight

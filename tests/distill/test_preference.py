@@ -312,3 +312,13 @@ def test_importing_does_not_import_trl(repository: Path) -> None:
     script = "import sys, spikelm.distill, spikelm.distill.preference; assert 'trl' not in sys.modules"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], cwd=repository, env=environment, check=True)
+
+
+def test_several_processes_are_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SpikelmError, match="runs in one process; a launcher has started 2"):
+        train_preferences(student(), None, pairs(4), pairs(2), tokenizer, output_dir=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()

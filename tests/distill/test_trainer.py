@@ -12,13 +12,13 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from spikelm.distill.callbacks import read_metrics
 from spikelm.distill.checkpoints import checkpoints, is_complete, keep_latest, latest_checkpoint, mark_complete
 from spikelm.distill.objectives import SBDS, LogitDistillation
 from spikelm.distill.parameters import parameter_groups
-from spikelm.distill.trainer import collate, train
+from spikelm.distill.trainer import DistillationTrainer, collate, train
 from spikelm.errors import SpikelmError
 
 KILLED_SCRIPT = """
@@ -394,3 +394,24 @@ def test_bad_options_are_refused_before_anything_is_written(
 def test_teacher_and_student_must_be_two_models(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(SpikelmError, match="same object"):
         train(tiny_llama, tiny_llama, rows(), SBDS(), output_dir=tmp_path, **OPTIONS)
+
+
+def test_the_wrapper_of_a_launchers_only_process_is_looked_through(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """torchrun --nproc-per-node 1: some objectives call parts of the student, which the wrapper has not."""
+    seen: list[nn.Module] = []
+
+    def objective(student: nn.Module, teacher: nn.Module, batch: Any, num_items: Any) -> dict[str, Tensor]:
+        seen.append(student)
+        return SBDS()(student, teacher, batch, num_items)
+
+    student = student_of(tiny_llama)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        trainer = DistillationTrainer(student, tiny_llama, objective, arguments)
+        wrapper = nn.parallel.DistributedDataParallel(student)
+        trainer.compute_loss(wrapper, collate([rows()[0], rows()[1]]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [student]

@@ -210,7 +210,7 @@ def test_a_tokenizer_that_does_not_fit_the_teacher_names_both_sizes(
         ("nowhere", "cannot be loaded"),
         ("teacher", "backbone.embedding.weight among them"),
         ("student", "is spiking"),
-        ("torn", "cannot be loaded"),
+        ("torn", "its .safetensors files hold 8,000 bits"),
     ],
 )
 def test_a_stage1_that_is_no_dense_llamba_is_one_line(
