@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import platform
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from spikelm.distill.trainer import collate, train
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, evaluate, evaluation_mode, firing_statistics, generate_sample
 from spikelm.presets import from_dict
-from spikelm.run import RunDirectory, stage_manifest
+from spikelm.run import RunDirectory, first_difference, stage_manifest
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Experiment:
                 text_field=settings.text_field, streaming=settings.streaming, max_tokens=settings.max_tokens,
             )  # fmt: skip
 
-        train_data, held_out = read() if settings.streaming else packed_once(run, read)
+        train_data, held_out = read() if settings.streaming else packed_once(run, read, settings, tokenizer)
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
         set_seed(settings.seed)  # so that a run that finds its teacher there starts like the run that trained it
@@ -271,19 +272,41 @@ def trained_stage(
     return model
 
 
-def packed_once(run: RunDirectory, read: Callable[[], Any]) -> Any:
-    """The two data sets that `read()` gives; of several processes the first reads, and all map them from the disk."""
-    if distributed.world_size() == 1:
+def packed_once(run: RunDirectory, read: Callable[[], Any], settings: Settings, tokenizer: Any) -> Any:
+    """The two data sets that `read()` gives; of several processes the first reads, and all map them from the disk.
+
+    What a run has packed serves it again; SpikelmError where its settings, tokenizer or a file have changed since.
+    """
+    if distributed.world_size() == 1 and not run.path("contexts").exists():
         return read()
     from datasets import load_from_disk
+
+    source = distributed.on_first_rank(lambda: _source_fingerprint(settings, tokenizer))
 
     def write(directory: Path) -> None:
         for name, rows in zip(("train", "held_out"), read(), strict=True):
             rows.save_to_disk(directory / name)
 
     if not run.is_done("contexts"):
-        run.finish_stage("contexts", write, {})
+        run.finish_stage("contexts", write, {"source": source})
+    before = run.stage_record("contexts").get("source")
+    difference = first_difference(before or {}, source)
+    if difference is not None:
+        raise SpikelmError(
+            f"{run.path('contexts')} was packed from other data ({difference}): choose another output_dir"
+        )
     return [load_from_disk(str(run.path("contexts") / name)) for name in ("train", "held_out")]
+
+
+def _source_fingerprint(settings: Settings, tokenizer: Any) -> dict[str, Any]:
+    """What packed contexts depend on; files by their content (reading 1 GB takes about 1 s), a Hub dataset by name."""
+    names = ("data", "text_field", "max_tokens", "context_length", "held_out")
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {name: getattr(settings, name) for name in names} | {
+        "files": {name: file_fingerprint(name) for name in source_names(settings.data)},
+        "python": platform.python_version() if "embedded" in source_names(settings.data) else None,
+        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+    }
 
 
 AnySettings = TypeVar("AnySettings")

@@ -52,6 +52,9 @@ def check(config: Config) -> None:
         if getattr(config, name).steps:
             getattr(config, name).check(name)
     config.spiking.optimisation.check("spiking.optimisation")
+    trained = (Path(config.output_dir) / "student").exists()
+    if config.objective == "stored" and "student" in config.stages and not trained:
+        open_store(config)
 
 
 def prepare(config: Config, run: RunDirectory) -> Experiment:
@@ -129,11 +132,20 @@ def teacher_of(experiment: Experiment, config: Config, teacher: PreTrainedModel)
     """The teacher and the training's own data; with objective=stored what the teacher said of it, and no teacher."""
     if config.objective != "stored":
         return teacher, {}
-    assert config.teacher_store is not None  # checked
-    store = TeacherStore(config.teacher_store, teacher)
+    store = open_store(config, teacher)
+    on_first_rank(store.verify)
     if store.index["data"] != rows_fingerprint(np.asarray(experiment.train_data["input_ids"], dtype=np.int32)):
         raise SpikelmError(f"teacher_store {config.teacher_store} is of other contexts than this run trains on")
     return nn.Identity(), {"dataset": store, "data_collator": collate_stored}
+
+
+def open_store(config: Config, teacher: PreTrainedModel | None = None) -> TeacherStore:
+    """The finished store of the run, of contexts as long as the run's."""
+    assert config.teacher_store is not None  # checked
+    store = TeacherStore(config.teacher_store, teacher)
+    if store.index["context_length"] != config.context_length:
+        raise SpikelmError(f"teacher_store {config.teacher_store} is of other contexts than this run trains on")
+    return store
 
 
 def spiking_objective(config: Config) -> Objective:

@@ -13,21 +13,22 @@ import numpy as np
 from tqdm import tqdm
 
 from spikelm.errors import SpikelmError
-from spikelm.run import require_free_space, write_json
+from spikelm.run import PARTIAL, require_free_space, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class TeacherStore:
     """Packed contexts with the teacher's k likeliest next tokens and their log probabilities, mapped from the disk.
 
     Rows {"input_ids" [L], "teacher_ids" [L, k], "teacher_log_probs" [L, k]}: a dataset for
-    `spikelm.distill.trainer.train` with `spikelm.distill.stored.StoredDistillation` and `collate_stored`.
+    `spikelm.distill.trainer.train` with `spikelm.distill.stored.StoredDistillation` and `collate_stored`. Opening looks
+    at the sizes of the files alone; call `verify` before a training.
 
     Args:
         directory: written by `store_teacher`.
@@ -56,13 +57,14 @@ class TeacherStore:
         return {name: np.array(array[number]) for name, array in self.arrays.items()}
 
     def verify(self) -> None:
-        """Reads everything; SpikelmError where the contexts or a log probability are not what was written."""
+        """Reads everything; SpikelmError where contexts or answers are not what was written.
+
+        About 0.7 s for 1 GB, or 2.5 million tokens at k = 64, where the disk is as fast.
+        """
         if rows_fingerprint(self.arrays["input_ids"]) != self.index["data"]:
             raise SpikelmError(f"{self.directory}: the contexts are not those that were stored")
-        for start in range(0, len(self), 1024):
-            block = self.arrays["teacher_log_probs"][start : start + 1024]
-            if not np.isfinite(block).all() or (block > 0).any():
-                raise SpikelmError(f"{self.directory}: damaged log probabilities in contexts {start} to {start + 1023}")
+        if _answers_fingerprint(self.arrays) != self.index["answers"]:
+            raise SpikelmError(f"{self.directory}: the teacher's answers are not those that were stored")
 
 
 def store_teacher(
@@ -105,6 +107,8 @@ def store_teacher(
                 for array in arrays.values():
                     array.flush()  # first the numbers, then the word that they are there
                 index["done"] = start + len(block)
+                if index["done"] == len(rows):
+                    index["answers"] = _answers_fingerprint(arrays)
                 write_json(directory / INDEX, index)
     return TeacherStore(directory)
 
@@ -137,6 +141,8 @@ def read_index(directory: Path) -> dict[str, Any]:
         sound = index["format"] == FORMAT and all(isinstance(index[name], int) and index[name] >= 0 for name in names)
         if not (sound and isinstance(index["teacher"], str) and isinstance(index["data"], str)):
             raise ValueError
+        if not (isinstance(index["answers"], str) and isinstance(index["laid_out"], bool)):
+            raise ValueError
     except FileNotFoundError as error:
         raise SpikelmError(f"{directory} holds no teacher's store ({INDEX} is missing)") from error
     except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
@@ -150,6 +156,10 @@ def rows_fingerprint(rows: np.ndarray) -> str:
     for start in range(0, len(rows), 4096):
         digest.update(np.ascontiguousarray(rows[start : start + 4096]).data)
     return digest.hexdigest()
+
+
+def _answers_fingerprint(arrays: dict[str, Any]) -> str:
+    return " ".join(rows_fingerprint(arrays[name]) for name in ("teacher_ids", "teacher_log_probs"))
 
 
 def teacher_fingerprint(teacher: PreTrainedModel) -> str:
@@ -175,20 +185,27 @@ def _begin(directory: Path, wanted: dict[str, Any], rows: np.ndarray) -> dict[st
         for name, value in wanted.items():
             if index[name] != value:
                 raise SpikelmError(f"{directory} holds another store ({name} {index[name]} there, {value} asked)")
-        return index
-    directory.mkdir(parents=True, exist_ok=True)
-    others = [path.name for path in directory.iterdir() if path.suffix != ".npy"]
-    if others:
-        raise SpikelmError(f"{directory} holds files that are no store's ({others[0]}): choose an empty directory")
-    index = {**wanted, "done": 0}
-    require_free_space(directory, sum(math.prod(shape) * kind.itemsize for shape, kind in _shapes(index).values()))
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in directory.iterdir() if path.name != INDEX + PARTIAL)
+        if others:
+            raise SpikelmError(f"{directory} holds files that are no store's ({others[0]}): choose an empty directory")
+        index = {**wanted, "done": 0, "laid_out": False, "answers": ""}
+        require_free_space(directory, sum(math.prod(shape) * kind.itemsize for shape, kind in _shapes(index).values()))
+        write_json(directory / INDEX, index)  # first of all: arrays beside no index are somebody else's
+    if not index["laid_out"]:
+        _lay_out(directory, index, rows)
+        index["laid_out"] = True
+        write_json(directory / INDEX, index)
+    return index
+
+
+def _lay_out(directory: Path, index: dict[str, Any], rows: np.ndarray) -> None:
     for name, (shape, kind) in _shapes(index).items():
         array = np.lib.format.open_memmap(directory / f"{name}.npy", "w+", kind, shape)
         if name == "input_ids":
             array[:] = rows
         array.flush()
-    write_json(directory / INDEX, index)
-    return index
 
 
 def _shapes(index: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

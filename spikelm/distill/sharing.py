@@ -72,6 +72,11 @@ class SharedStream(IterableDataset[Any]):
     def __init__(self, rows: Iterable[dict[str, Any]], share: Share) -> None:
         self.rows, self.share = rows, share
 
+    def set_epoch(self, epoch: int) -> None:
+        """Has a stream that is shuffled anew for each pass do so."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows = iter(self.rows)
         while batch := list(islice(rows, self.share.batch_size * self.share.processes)):

@@ -49,7 +49,8 @@ def stored_divergence(ids: Tensor, log_probs: Tensor, logits: Tensor) -> Tensor:
     log_q = logits.float().log_softmax(-1)
     of_student, of_teacher = log_q.gather(-1, ids), log_probs.float()
     p = of_teacher.exp()
-    divergence = (p * (of_teacher - of_student)).sum(-1)
+    # A token that the teacher excludes (a logit of -inf) counts for nothing: 0 log 0 = 0.
+    divergence = (p * (of_teacher - of_student).where(p > 0, 0)).sum(-1)
     if ids.shape[-1] == logits.shape[-1]:
         return divergence
     # The rest by what is not among the k, not as 1 - sum: near 1 that would be rounding.

@@ -18,6 +18,7 @@ from spikelm.distill.callbacks import read_metrics
 from spikelm.distill.stored import StoredDistillation, stored_divergence
 from spikelm.distill.trainer import train
 from spikelm.errors import SpikelmError
+from spikelm.run import write_json
 
 CONTEXTS = np.random.default_rng(0).integers(0, 64, (13, 9))
 
@@ -85,6 +86,17 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     writable.flush()
     with pytest.raises(SpikelmError, match="the contexts are not those"):
         TeacherStore(store.directory).verify()
+    writable[0, 0] -= 1
+    writable.flush()
+    TeacherStore(store.directory).verify()
+    for name in ("teacher_ids", "teacher_log_probs"):
+        writable = np.lib.format.open_memmap(store.directory / f"{name}.npy", "r+")
+        writable[3, 2] = writable[3, 2, ::-1].copy()  # values that might well be a teacher's
+        writable.flush()
+        with pytest.raises(SpikelmError, match="the teacher's answers are not those"):
+            TeacherStore(store.directory).verify()
+        writable[3, 2] = writable[3, 2, ::-1].copy()
+        writable.flush()
     path = store.directory / "teacher_ids.npy"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(SpikelmError, match="teacher_ids.npy is missing or damaged"):
@@ -97,6 +109,42 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
         TeacherStore(tmp_path / "absent")
     with pytest.raises(SpikelmError, match="k must be in 1 .. 64"):
         store_teacher(tmp_path / "other", llama(), CONTEXTS, k=65)
+
+
+def test_nothing_of_the_user_is_overwritten(tmp_path: Path) -> None:
+    np.save(tmp_path / "input_ids.npy", np.arange(5))
+    with pytest.raises(SpikelmError, match="holds files that are no store's .input_ids.npy"):
+        store_teacher(tmp_path, llama(), CONTEXTS, k=2)
+    assert np.array_equal(np.load(tmp_path / "input_ids.npy"), np.arange(5))
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2])
+def test_a_store_killed_as_it_began_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """In the first write of the index; while the arrays are laid out; in the write that says they are."""
+    calls = []
+
+    def write_and_die(path: Path, value: Any) -> Any:
+        calls.append(value)
+        if len(calls) == 1 + killed_at // 2:
+            path.with_name(path.name + ".partial").write_text("{")
+            raise KeyboardInterrupt
+        return write_json(path, value)
+
+    def lay_out_and_die(directory: Path, *arguments: Any) -> None:
+        (directory / "input_ids.npy").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if killed_at == 1:
+            patch.setattr(teacher_store, "_lay_out", lay_out_and_die)
+        else:
+            patch.setattr(teacher_store, "write_json", write_and_die)
+        store_teacher(tmp_path / "store", llama(), CONTEXTS, k=2)
+    with pytest.raises(SpikelmError):
+        TeacherStore(tmp_path / "store")
+    store_teacher(tmp_path / "store", llama(), CONTEXTS, k=2).verify()
 
 
 def test_the_divergence_is_a_part_of_the_whole_one_and_all_of_it_with_every_token() -> None:
@@ -134,3 +182,17 @@ def test_a_student_learns_from_the_store_what_the_teacher_would_say(tmp_path: Pa
     )  # fmt: skip
     lines = read_metrics(tmp_path / "run" / "log.jsonl")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize("k", [20, 18])
+def test_tokens_that_the_teacher_excludes_count_for_nothing(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(7, 20, generator=generator) for _ in range(2))
+    teacher[:, 15:] = -torch.inf
+    top = teacher.log_softmax(-1).topk(k)
+    student.requires_grad_(True)
+    found = stored_divergence(top.indices, top.values.half(), student)
+    p, log_p = teacher.softmax(-1)[:, :15], teacher.log_softmax(-1)[:, :15]
+    torch.testing.assert_close(found, (p * (log_p - student.log_softmax(-1)[:, :15])).sum(-1), rtol=2e-3, atol=2e-3)
+    found.sum().backward()
+    assert student.grad is not None and student.grad.isfinite().all()

@@ -1,8 +1,8 @@
 """Trains a tiny student: by itself, or under torchrun in several processes. Takes one argument, JSON.
 
-output_dir, objective, student ("llama", "llamba", "spiking" or "bert"), dtype, parallel {"student", "teacher"}, rows,
-streaming, fail_at (a step that ends with an error, on one rank or all) and the options of
-spikelm.distill.trainer.train.
+output_dir, objective (or several, one training each), student ("llama", "llamba", "spiking" or "bert"), dtype,
+parallel {"student", "teacher"}, rows, streaming, fail_at (a step that ends with an error, on one rank or all) and the
+options of spikelm.distill.trainer.train.
 """
 
 import copy
@@ -88,7 +88,7 @@ def models(kind: str) -> tuple[Any, Any]:
     """Student and teacher."""
     if kind == "bert":
         teacher: Any = bert()
-        return from_bert(teacher, T=4), teacher
+        return from_bert(teacher, T=4, classifier_dropout=0.0), teacher
     teacher = llama()
     if kind == "llama":
         student: Any = copy.deepcopy(teacher)
@@ -103,27 +103,37 @@ def models(kind: str) -> tuple[Any, Any]:
     return student.requires_grad_(True), teacher
 
 
-def rows_of(count: int, length: int, labels: bool) -> list[dict[str, Any]]:
-    """Rows of unequal lengths."""
+def rows_of(count: int, length: int, labels: bool, lengths: int = 3) -> list[dict[str, Any]]:
+    """Rows of so many different lengths."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, 64, (count, length), generator=generator).tolist()
-    rows: list[dict[str, Any]] = [{"input_ids": row[: length - number % 3]} for number, row in enumerate(ids)]
+    rows: list[dict[str, Any]] = [{"input_ids": row[: length - number % lengths]} for number, row in enumerate(ids)]
     for number, row in enumerate(rows if labels else []):
         row |= {"labels": number % 2, "attention_mask": [1] * len(row["input_ids"])}
     return rows
 
 
 def main() -> None:
-    """One training; its result goes to output_dir/result.json, the student to output_dir/student."""
+    """The trainings asked for."""
     options = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    output_dir = Path(options.pop("output_dir"))
-    objective = OBJECTIVES[options.pop("objective", "sbds")]
+    output_dir, objective = Path(options.pop("output_dir")), options.pop("objective", "sbds")
+    if isinstance(objective, str):
+        one_training(output_dir, objective, options)
+        return
+    for name in objective:
+        one_training(output_dir / name, name, dict(options))
+
+
+def one_training(output_dir: Path, objective: str, options: dict[str, Any]) -> None:
+    """Its result goes to output_dir/result.json, the student to output_dir/student."""
     kind = options.pop("student", "llama")
     student, teacher = models(kind)
     dtype = getattr(torch, options.pop("dtype", "float32"))
     student, teacher = student.to(dtype), teacher.to(dtype)
-    rows = rows_of(options.pop("rows", 30), 8, labels=kind == "bert")
+    # A rate is a mean over a part of the batch: of parts of unequal size the mean is another one.
+    lengths = 1 if objective == "activity" else 3
+    rows = rows_of(options.pop("rows", 30), 8, kind == "bert", lengths)
     dataset: Any = Dataset.from_list(rows)
     if options.pop("streaming", False):
         dataset = IterableDataset.from_generator(lambda: iter(rows))
@@ -134,7 +144,7 @@ def main() -> None:
     collator = collate_classification if kind == "bert" else collate
     defaults: dict[str, Any] = {"batch_size": 4, "learning_rate": 3e-3, "save_steps": 1000, "logging_steps": 1}
     result = train(
-        student, teacher, dataset, objective, output_dir=output_dir / "training", parallel=parallel,
+        student, teacher, dataset, OBJECTIVES[objective], output_dir=output_dir / "training", parallel=parallel,
         data_collator=collator, callbacks=callbacks, **(defaults | options),
     )  # fmt: skip
     assert type(student.forward).__name__ == "method" and not any("FSDP" in str(type(m)) for m in student.modules())

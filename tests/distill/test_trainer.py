@@ -396,7 +396,9 @@ def test_teacher_and_student_must_be_two_models(tiny_llama: LlamaForCausalLM, tm
         train(tiny_llama, tiny_llama, rows(), SBDS(), output_dir=tmp_path, **OPTIONS)
 
 
-def test_the_wrapper_of_a_launchers_only_process_is_looked_through(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_the_wrapper_of_a_launchers_only_process_is_looked_through(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
     """torchrun --nproc-per-node 1: some objectives call parts of the student, which the wrapper has not."""
     seen: list[nn.Module] = []
 

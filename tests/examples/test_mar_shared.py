@@ -29,6 +29,8 @@ def test_a_student_trains_from_what_the_teacher_said_before(
     assert "was made with another teacher" in capfd.readouterr().err
     assert mar.run(tmp_path / "none", fields | {"teacher_store": "null"}) == 2
     assert "objective=stored takes teacher_store=DIRECTORY" in capfd.readouterr().err
+    assert mar.run(tmp_path / "absent", fields | {"teacher_store": tmp_path / "no"}) == 2
+    assert "holds no teacher's store" in capfd.readouterr().err and not (tmp_path / "absent").exists()
 
 
 OTHER = {"llama": "stage1", "stage1": "llama"}
