@@ -87,9 +87,17 @@ def train_missing(inputs: Inputs) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def language_model(
-    model: Any, tokenizer: Any, inputs: Inputs, teacher: Any, deployed: Callable[[Any], Any] | None = None
+    model: Any,
+    tokenizer: Any,
+    inputs: Inputs,
+    teacher: Any,
+    deployed: Callable[[Any], Any] | None = None,
+    counted: Any = None,
 ) -> dict[str, Any]:
-    """CE, bits per byte, KL to the teacher, BLiMP, rates, energy, and the speed of its form for decoding."""
+    """CE, bits per byte, KL to the teacher, BLiMP, rates, energy, and the speed of its form for decoding.
+
+    counted: the form of the model whose energy is estimated; None is the model as it is.
+    """
     measures = Measures(
         data=inputs.data, context_length=CONTEXT_LENGTH, held_out=HELD_OUT, tasks=inputs.blimp, batch_size=16
     )
@@ -98,7 +106,7 @@ def language_model(
     ids = next(batches(rows, COUNTED))
     tasks = {name: found["metrics"]["acc"] for name, found in figures["tasks"]["tasks"].items()}
     row = {"text": figures["text"], "blimp": tasks, "parameters": figures["parameters"], "rates": rates(model, rows)}
-    row["energy"] = energy(model, ids[:, : CONTEXT_LENGTH // 2])
+    row["energy"] = energy(model if counted is None else counted, ids[:, : CONTEXT_LENGTH // 2])
     fast = model if deployed is None else deployed(model)  # in place
     return row | {"speed": decoding_speed(fast, ids[:1, :PROMPT], NEW)}
 
@@ -181,11 +189,9 @@ def language_models(inputs: Inputs, runs: dict[str, dict[str, Any]]) -> list[dic
         model = quantised(open_model(str(stage1))[0], text, preset, bits)
         row = {"name": f"Llamba, {bits}-bit activations and int8 weights at the places of {of}", "training_s": stage1_s}
         row |= {"checkpoint_bytes": saved_bytes(packed)}
-        row |= language_model(model, tokenizer, inputs, teacher, spikelm.deploy)
-        ids = next(batches(read_contexts(Measures(inputs.data, CONTEXT_LENGTH, HELD_OUT), tokenizer), COUNTED))
-        estimate = energy(packed, ids[:, : CONTEXT_LENGTH // 2])
+        row |= language_model(model, tokenizer, inputs, teacher, spikelm.deploy, packed)
         # A quantised model multiplies by all of its activations, zeros too.
-        row["energy"] = estimate | {"energy": {"model": estimate["energy"]["quantised_student"]}}
+        row["energy"]["energy"] = {"model": row["energy"]["energy"]["quantised_student"]}
         rows.append(row | {"rates": None})
     return rows
 
