@@ -74,36 +74,21 @@ def training_memory(
     """
     places = Parallel() if parallel is None or processes == 1 else parallel
     with projections_attached(student, teacher, objective):
-        return _with_projections(
-            student, teacher, objective, (batch_size, context_length), bf16, gradient_checkpointing, processes, places
-        )
-
-
-def _with_projections(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    shape: tuple[int, int],
-    bf16: bool,
-    gradient_checkpointing: bool,
-    processes: int,
-    places: Parallel,
-) -> TrainingMemory:
-    live = _counted_pass(student, teacher, objective, shape, bf16, gradient_checkpointing)
-    trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    everything = sum(p.nbytes for p in student.parameters())
-    part = 1 if places.student == "replicated" else processes
-    part_of_teacher = 1 if places.teacher == "replicated" else processes
-    parameters, gradients, optimizer = everything // part, trained // part, 2 * trained // part
-    of_teacher = sum(p.nbytes for p in teacher.parameters()) // part_of_teacher
-    gathered = 0 if places.student == "replicated" else 2 * _gathered(student)  # a layer's parameters and gradients
-    gathered += 0 if places.teacher == "replicated" else _gathered(teacher)
-    offloaded = parameters + gradients + optimizer if places.student == "offloaded" else 0
-    offloaded += of_teacher if places.teacher == "offloaded" else 0
-    buckets = trained if processes > 1 and places.student == "replicated" else 0
-    # Gradients grow while activations go: of a replicated student both count as they come.
-    activations = live.peak_beside_gradients if part > 1 else max(0, live.peak - trained)
-    return TrainingMemory(parameters, gradients, optimizer, of_teacher, gathered, buckets, activations, offloaded)
+        live = _counted_pass(student, teacher, objective, (batch_size, context_length), bf16, gradient_checkpointing)
+        trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+        everything = sum(p.nbytes for p in student.parameters())
+        part = 1 if places.student == "replicated" else processes
+        part_of_teacher = 1 if places.teacher == "replicated" else processes
+        parameters, gradients, optimizer = everything // part, trained // part, 2 * trained // part
+        of_teacher = sum(p.nbytes for p in teacher.parameters()) // part_of_teacher
+        gathered = 0 if places.student == "replicated" else 2 * _gathered(student)  # a layer's parameters and gradients
+        gathered += 0 if places.teacher == "replicated" else _gathered(teacher)
+        offloaded = parameters + gradients + optimizer if places.student == "offloaded" else 0
+        offloaded += of_teacher if places.teacher == "offloaded" else 0
+        buckets = trained if processes > 1 and places.student == "replicated" else 0
+        # Gradients grow while activations go: of a replicated student both count as they come.
+        activations = live.peak_beside_gradients if part > 1 else max(0, live.peak - trained)
+        return TrainingMemory(parameters, gradients, optimizer, of_teacher, gathered, buckets, activations, offloaded)
 
 
 def _gathered(model: nn.Module) -> int:
