@@ -31,10 +31,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from spikelm.errors import SpikelmError  # noqa: E402
+from spikelm.files import write_json  # noqa: E402
 from spikelm.ops.dynamics import Dynamics  # noqa: E402
 from spikelm.ops.multistep import multi_step  # noqa: E402
 from spikelm.ops.spiking_attention import pack_channels, pack_tokens, spiking_attention  # noqa: E402
-from spikelm.run import command_line, write_json  # noqa: E402
+from spikelm.run import command_line  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, PACKED = ALL_OURS = "spikelm, with packing", "spikelm"

@@ -32,8 +32,9 @@ from contenders import ALL_OURS, COMPILED, INT8, NEURONS, OP, OURS, SPIKINGJELLY
 from tqdm import tqdm  # noqa: E402
 
 from spikelm.errors import SpikelmError  # noqa: E402
+from spikelm.files import write_json  # noqa: E402
 from spikelm.neurons import ATMN  # noqa: E402
-from spikelm.run import command_line, write_json  # noqa: E402
+from spikelm.run import command_line  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -30,10 +30,11 @@ import spikelm
 from spikelm.convert import spike_sites
 from spikelm.data import python_documentation
 from spikelm.deploy import int8_layer
+from spikelm.files import write_json
 from spikelm.layers import GatherLinear
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.models.llamba.decoding import banks_of
-from spikelm.run import command_line, versions, write_json
+from spikelm.run import command_line, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

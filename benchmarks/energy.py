@@ -27,8 +27,9 @@ from spikelm import spikify
 from spikelm.data import load_contexts
 from spikelm.energy import report
 from spikelm.errors import SpikelmError
+from spikelm.files import write_json
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
-from spikelm.run import command_line, versions, write_json
+from spikelm.run import command_line, versions
 
 CONTEXTS = 16
 FIELDS = {"run", "student", "data"}

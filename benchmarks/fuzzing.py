@@ -72,7 +72,8 @@ def main() -> int:
     os.chdir(ROOT)
     counter, start = Counter(), time.perf_counter()
     status = pytest.main(["-q", "-o", "timeout=3600", "--tb=short", *tests], plugins=[counter])
-    from spikelm.run import versions, write_json
+    from spikelm.files import write_json
+    from spikelm.run import versions
 
     examples = sum(file["passing"] + file["failing"] for file in counter.files.values())
     record = {"command": shlex.join(["python", "benchmarks/fuzzing.py", *sys.argv[1:]]), "versions": versions()}

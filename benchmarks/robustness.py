@@ -25,12 +25,13 @@ import torch
 
 from spikelm import Recipe, calibrate, deploy, spikify
 from spikelm.cpu import module, store
+from spikelm.files import write_json
 from spikelm.models.bispikclm import BiSpikCLMConfig, BiSpikCLMForCausalLM
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.models.llamba.cache import LlambaCache
 from spikelm.neurons import ATMN, TILIF, BinaryIF
 from spikelm.ops.dynamics import Dynamics
-from spikelm.run import keep_freed_memory, versions, write_json
+from spikelm.run import keep_freed_memory, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "images" / "robustness_memory.png"

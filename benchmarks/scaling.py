@@ -22,9 +22,10 @@ from spikelm import Recipe, spikify
 from spikelm.distill import SBDS, HiddenMatch
 from spikelm.distill.objectives import Objective
 from spikelm.distill.parallel import Parallel
+from spikelm.files import write_json
 from spikelm.memory import training_memory
 from spikelm.models.llamba import LlambaForCausalLM
-from spikelm.run import command_line, versions, write_json
+from spikelm.run import command_line, versions
 
 PLACES = {
     "DDP": Parallel(),

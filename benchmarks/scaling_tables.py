@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, from benchmarks/results/scaling.json. See tables.py."""
+"""The tables of docs/scaling.md, from benchmarks/results/scaling.json and processes.json. See tables.py."""
 
 from __future__ import annotations
 
@@ -46,4 +46,36 @@ def scaling_time() -> str:
     return markdown(columns, lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"scaling_memory": scaling_memory, "scaling_time": scaling_time}
+def processes() -> str:
+    """How far the loss of two processes is from that of one."""
+    result = read("processes.json")
+    found = {(row["dtype"], row["training"], row["against"]): row for row in result["rows"]}
+    lines = []
+    for dtype, training, against in found:
+        if dtype != "float32":
+            continue
+        row = found[dtype, training, against]
+        first = row["first_flip_at_step"]
+        flip = "none" if first is None else f"{first}, in {row['flips_by_step'][first - 1]} values"
+        wide = found["float64", training, against]
+        before, largest = apart(row["largest_before_a_flip"]), apart(row["largest"])
+        lines.append([training, against, before, flip, largest, apart(wide["largest"]), str(wide["flips"])])
+    columns = ("training", "against", "before a flip", "first flip at step", "in all", "float64", "its flips")
+    return (
+        f"{markdown(columns, lines)}\n\nThe largest relative difference of the loss over {result['steps']} steps of "
+        f"{result['batch']} contexts; the spikes of all banks are compared at every step, "
+        f"{result['rows'][0]['codes'] // result['steps']} values. Losses are logged in float32. {machine(result)}. "
+        f"`{result['command']}`."
+    )
+
+
+def apart(difference: float) -> str:
+    """A relative difference."""
+    return f"{difference:.1e}" if difference else "0"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "scaling_memory": scaling_memory,
+    "scaling_time": scaling_time,
+    "processes": processes,
+}

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from spikelm.cpu import module
+from spikelm.files import write_json
 from spikelm.ops.spike_linear import SpikeWeights, dense_linear, spike_linear
 from spikelm.ops.weight_quantization import pack_codes
-from spikelm.run import command_line, versions, write_json
+from spikelm.run import command_line, versions
 
 SHAPES = ((5632, 2048), (11008, 4096))  # outputs, inputs
 DENSITIES = (1.0, 0.3, 0.2, 0.1, 0.05)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import spikelm
 from spikelm.data import load_contexts
 from spikelm.evaluate_decoding import decoding_speed
-from spikelm.run import command_line, versions, write_json
+from spikelm.files import write_json
+from spikelm.run import command_line, versions
 
 PROMPTS, PROMPT, NEW = 50, 16, 40
 

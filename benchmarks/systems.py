@@ -36,8 +36,9 @@ from spikelm.energy import report
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, firing_statistics, population_statistics
 from spikelm.evaluate_decoding import decoding_speed
+from spikelm.files import write_json
 from spikelm.models.bispikclm import BiSpikCLMForCausalLM
-from spikelm.run import command_line, versions, write_json
+from spikelm.run import command_line, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT_LENGTH, HELD_OUT, CALIBRATION = 128, 0.05, 64  # as in the presets

@@ -45,10 +45,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spikelm import Recipe, spikify
 from spikelm.errors import SpikelmError
+from spikelm.files import write_json
 from spikelm.layers import SpikingLinear
 from spikelm.models.llamba import LlambaConfig, LlambaForCausalLM
 from spikelm.ops import spike_storage
-from spikelm.run import command_line, versions, write_json
+from spikelm.run import command_line, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMBA, LLAMA = "Llamba", "Llama"

@@ -67,7 +67,7 @@ def run_eval(given: argparse.Namespace) -> int:
     _refuse_without(given, "tasks", "limit", "num_fewshot", "max_length", "target_delimiter", "seed")
     _require_transformers()
     from spikelm.compare import Measures, compare_models, comparison_table
-    from spikelm.run import write_json
+    from spikelm.files import write_json
 
     output = _writable(given.output)
     fields = ("data", "context_length", "held_out", "max_contexts", "tasks", "target_delimiter", "max_length", "limit")

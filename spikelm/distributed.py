@@ -84,7 +84,8 @@ def start() -> None:
     program ends well is not taken for lost.
 
     Raises:
-        SpikelmError: a variable of the launcher, or one of these two, is missing or no such number.
+        SpikelmError: a variable of the launcher, or one of these two, is missing or no such number; the others do not
+            join within SPIKELM_COLLECTIVE_TIMEOUT.
     """
     if world_size() == 1 or _Watch.current is not None:
         return
@@ -101,11 +102,18 @@ def start() -> None:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise SpikelmError(f"WORLD_SIZE is {world_size()} and {name} is not set: a launcher (torchrun) sets it")
-        torch.distributed.init_process_group(
-            # gloo beside nccl carries what lies on the CPU, as the norm of an offloaded gradient does.
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout),
-        )
+        try:
+            torch.distributed.init_process_group(
+                # gloo beside nccl carries what lies on the CPU, as the norm of an offloaded gradient does.
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                timeout=timedelta(seconds=timeout),
+            )
+        except RuntimeError as error:  # of torch: a timeout, a port that is taken, an address that answers nothing
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise SpikelmError(
+                f"rank {rank()} cannot join the other processes at {place} ({str(error).splitlines()[0]}): start all "
+                f"of them together; {COLLECTIVE_TIMEOUT}={timeout:g} is how many seconds one waits for the others"
+            ) from error
     _Watch.current = _Watch(_default_store(), patience)
     _Watch.current.thread.start()
     atexit.register(_at_exit)

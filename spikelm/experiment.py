@@ -30,8 +30,9 @@ from spikelm.distill.parallel import Parallel
 from spikelm.distill.trainer import collate, train
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, evaluate, evaluation_mode, firing_statistics, generate_sample
+from spikelm.files import sha256
 from spikelm.presets import from_dict
-from spikelm.run import RunDirectory, first_difference, stage_manifest
+from spikelm.run import BAD_DOCUMENTS, RunDirectory, first_difference, stage_manifest
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Optimisation:
     max_grad_norm: float = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     save_steps: int = 500
+    keep_checkpoints: int = 2
+    max_skipped_updates: int = 3
     bf16: bool = False
     gradient_checkpointing: bool = False
 
@@ -64,6 +67,7 @@ class Settings:
     """What every example's configuration begins with: the teacher, the text, and how students are measured.
 
     parallel: where several processes keep the models; no part of what a run is.
+    max_bad_documents: so many documents that cannot be read are left out (`load_contexts`); no part of it either.
     """
 
     output_dir: str
@@ -72,6 +76,7 @@ class Settings:
     text_field: str | None = None
     streaming: bool = False
     max_tokens: int | None = None
+    max_bad_documents: int = 10
     context_length: int = 128
     held_out: float = 0.05
     seed: int = 0
@@ -87,6 +92,8 @@ class Settings:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise SpikelmError(f"{name} must be at least 1, given {count}")
+        if self.max_bad_documents < 0:
+            raise SpikelmError(f"max_bad_documents must be at least 0, given {self.max_bad_documents}")
         if self.teacher != "embedded" or "embedded" not in names:
             return
         if len(names) > 1 or self.streaming:  # other contexts would be held out than the teacher has not seen
@@ -127,10 +134,15 @@ class Experiment:
             raise SpikelmError(f"context_length {settings.context_length} is beyond the teacher's {longest}")
 
         def read() -> Any:
-            return load_contexts(
+            bad: list[dict[str, Any]] = []
+            contexts = load_contexts(
                 settings.data, tokenizer, settings.context_length, held_out=settings.held_out,
                 text_field=settings.text_field, streaming=settings.streaming, max_tokens=settings.max_tokens,
+                max_bad_documents=settings.max_bad_documents, bad_documents=bad,
             )  # fmt: skip
+            if bad or run.path(BAD_DOCUMENTS).exists():
+                run.write_json(BAD_DOCUMENTS, bad)
+            return contexts
 
         train_data, held_out = read() if settings.streaming else packed_once(run, read, settings, tokenizer)
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
@@ -337,10 +349,7 @@ def weights_fingerprint(directory: str | Path) -> str:
 
 def file_fingerprint(path: str | Path) -> str:
     """Of a file's content; "none" where there is no such file, as for a Hub dataset's name."""
-    if not Path(path).is_file():
-        return "none"
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(path) if Path(path).is_file() else "none"
 
 
 def embedded_teacher(settings: Settings, run: RunDirectory, model_type: str, shape: dict[str, Any]) -> str:
@@ -349,7 +358,7 @@ def embedded_teacher(settings: Settings, run: RunDirectory, model_type: str, sha
     The contexts that the run holds out of that text are not trained on.
     """
     path = run.path("teacher")
-    if not distributed.on_first_rank(path.exists):
+    if not run.is_done("teacher"):
         say(f"teacher: training a small {model_type} on Python's documentation")
         train_teacher(
             path, python_documentation(), model_type=model_type, context_length=settings.context_length,

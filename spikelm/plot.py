@@ -33,6 +33,7 @@ NOT_LOSSES = (
     "train_steps_per_second",
     "train_loss",
     "wall_s",
+    "skipped_updates",
 )
 
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,21 +17,22 @@ import torch
 
 from spikelm import __version__, distributed
 from spikelm.errors import SpikelmError
-from spikelm.limits import check_file_name
+from spikelm.files import PARTIAL, put_in_place, read_manifest, remove, write_json
 
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
+BAD_DOCUMENTS = "bad_documents.json"  # what reading the data left out, where there was any
+# Fields of a configuration that say how a run is carried out: they may be others when it is resumed.
+CARRYING_OUT = ("parallel", "keep_checkpoints", "max_skipped_updates", "max_bad_documents")
 
 
 class RunDirectory:
     """The directory of one run, locked while this object lives; the same configuration resumes it.
 
-    run.json holds the configuration. A finished stage is a directory with a manifest.json that names its files and
-    their sizes; it appears under its own name only when it is whole. Raises SpikelmError when the directory holds
-    a run of another configuration (its place, the field `output_dir`, and how processes share it, `parallel`, are not
-    compared), files that are no run's, or is in use by another process.
+    run.json holds the configuration. A finished stage is a directory with a manifest.json that names its files, their
+    sizes and digests; it appears under its own name only when it is whole. Raises SpikelmError when the directory holds
+    a run of another configuration (its place, the field `output_dir`, and the fields of CARRYING_OUT are not compared),
+    files that are no run's, or is in use by another process.
 
     With several_processes, under torchrun, the first process alone locks, reads and writes; the others wait for it and
     get what it read. All of them call the same methods in the same order, or the first alone within
@@ -45,6 +45,7 @@ class RunDirectory:
         distributed.start()
         self.root = Path(output_dir)
         self._lock: IO[str] | None = None
+        self._verified: set[str] = set()  # stages whose contents were compared; later calls look at sizes alone
         plain: dict[str, Any] = json.loads(json.dumps(config))
         self.resumed: bool = distributed.on_first_rank(lambda: self._open(plain))
 
@@ -74,7 +75,7 @@ class RunDirectory:
         else:
             write_json(self.root / RUN_FILE, {"config": config})
         for leftover in self.root.glob(f"*{PARTIAL}"):
-            _remove(leftover)
+            remove(leftover)
         return resumed
 
     def _refuse_unrelated_files(self) -> None:
@@ -88,7 +89,7 @@ class RunDirectory:
     def _others(self) -> list[str]:
         """What the directory holds beside the files of this class."""
         # A process that died between taking the lock and writing run.json leaves the partial one.
-        own = {LOCK_FILE, RUN_FILE, RUN_FILE + PARTIAL}
+        own = {LOCK_FILE, RUN_FILE, RUN_FILE + PARTIAL, BAD_DOCUMENTS}
         return sorted(entry.name for entry in self.root.iterdir() if entry.name not in own)
 
     def _refuse_other_config(self, config: dict[str, Any]) -> None:
@@ -110,7 +111,7 @@ class RunDirectory:
     ) -> None:
         if distributed.is_first() and error is not None and not self.resumed and not self._others():
             # What failed before it made anything is no run: the corrected command may use the same place.
-            _remove(self.root / RUN_FILE)
+            remove(self.root / RUN_FILE)
         self.close()
 
     def close(self) -> None:
@@ -123,19 +124,22 @@ class RunDirectory:
         return self.root / name
 
     def is_done(self, stage: str) -> bool:
-        """True when the stage is finished and whole, False when it is absent; SpikelmError when it is damaged."""
+        """True when the stage is finished and whole, False when it is absent; SpikelmError when it is damaged.
+
+        The first look reads all of it (about 1 s per GB), later ones its files' sizes.
+        """
 
         def look() -> bool:
             if not self.path(stage).exists():
                 return False
-            stage_manifest(self.path(stage))
+            self._manifest(stage)
             return True
 
         return distributed.on_first_rank(look)
 
     def stage_record(self, stage: str) -> dict[str, Any]:
         """The record that finish_stage was given; SpikelmError when the stage is absent or damaged."""
-        record: dict[str, Any] = distributed.on_first_rank(lambda: stage_manifest(self.path(stage))["record"])
+        record: dict[str, Any] = distributed.on_first_rank(lambda: self._manifest(stage)["record"])
         return record
 
     def finish_stage(self, stage: str, write: Callable[[Path], Any], record: Mapping[str, Any]) -> Path:
@@ -151,20 +155,20 @@ class RunDirectory:
         if final.exists():
             raise SpikelmError(f"{final} is there already: a finished stage is not overwritten")
         partial = self.path(stage + PARTIAL)
-        _remove(partial)
+        remove(partial)
         partial.mkdir()
         try:
             write(partial)
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            for path in files:
-                _flush(path)
-            sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-            write_json(partial / MANIFEST, {"stage": stage, "record": dict(record), "files": sizes})
-            os.replace(partial, final)
+            put_in_place(partial, final, stage=stage, record=dict(record))
         except BaseException:
-            _remove(partial)
+            remove(partial)
             raise
-        _flush(self.root)
+        self._verified.add(stage)
+
+    def _manifest(self, stage: str) -> dict[str, Any]:
+        manifest = stage_manifest(self.path(stage), contents=stage not in self._verified)
+        self._verified.add(stage)
+        return manifest
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write the file `name` of this run as JSON, whole or not at all."""
@@ -182,26 +186,19 @@ class RunDirectory:
         return distributed.on_first_rank(read)
 
 
-def stage_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a finished stage; SpikelmError naming the file when one is missing or has another size."""
+def stage_manifest(directory: Path, contents: bool = True) -> dict[str, Any]:
+    """The manifest of a finished stage; SpikelmError naming the file when one is missing or not what was written.
 
-    def damaged(what: str) -> SpikelmError:
-        return SpikelmError(f"stage {directory.name!r} is damaged: {what}; delete {directory} to run it again")
-
+    contents: False compares the files' sizes alone.
+    """
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        sizes: dict[str, int] = {check_file_name(name, parts=True): size for name, size in manifest["files"].items()}
-        manifest["record"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise damaged(f"{MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(f"{MANIFEST} is not readable") from error
-    for name, size in sizes.items():
-        path = directory / name
-        if not path.is_file():
-            raise damaged(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise damaged(f"{name} has {path.stat().st_size} bytes, {size} were written")
+        manifest = read_manifest(directory, contents)
+        if not isinstance(manifest.get("record"), dict):
+            raise SpikelmError("manifest.json is not readable")
+    except SpikelmError as error:
+        raise SpikelmError(
+            f"stage {directory.name!r} is damaged: {error}; delete {directory} to run it again"
+        ) from error
     return manifest
 
 
@@ -218,34 +215,6 @@ def first_difference(before: Any, now: Any, name: str = "") -> str | None:
                 return difference
         return None
     return None if before == now else f"{name}={_shown(before)} there, {name}={_shown(now)} asked"
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Write `value` as JSON to `path`, whole or not at all; SpikelmError for a NaN or an infinite number."""
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise SpikelmError(f"{path.name} cannot be written: it would hold a NaN or an infinite number") from error
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _flush(partial)
-        os.replace(partial, path)
-    except BaseException:
-        _remove(partial)
-        raise
-    _flush(path.parent)
-    return path
-
-
-def require_free_space(path: str | Path, needed: int) -> None:
-    """SpikelmError naming needed and free when the disk of `path` (existing or not) has less than `needed` bytes."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise SpikelmError(f"not enough disk space for {path}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
 
 def command_line(main: Callable[[], Any]) -> NoReturn:
@@ -331,34 +300,17 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 
 def _without_place(config: Any) -> Any:
-    """A configuration without where it lies, and how processes share it, that of a run it starts from included."""
+    """A configuration without where it lies and how it is carried out, that of a run it starts from included."""
     if not isinstance(config, dict):
         return config
-    return _without_parallel({key: value for key, value in config.items() if key != "output_dir"})
+    return _without_carrying_out({key: value for key, value in config.items() if key != "output_dir"})
 
 
-def _without_parallel(value: Any) -> Any:
+def _without_carrying_out(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _without_parallel(each) for key, each in value.items() if key != "parallel"}
+    return {key: _without_carrying_out(each) for key, each in value.items() if key not in CARRYING_OUT}
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _remove(path: Path) -> None:
-    """Delete a file or a whole directory, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the system put a file, or a directory's entries, on the disk before anything is renamed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

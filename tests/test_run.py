@@ -15,7 +15,8 @@ import torch
 
 import spikelm
 from spikelm.errors import SpikelmError
-from spikelm.run import RunDirectory, command_line, first_difference, require_free_space, versions, write_json
+from spikelm.files import require_free_space, write_json
+from spikelm.run import RunDirectory, command_line, first_difference, versions
 
 CONFIG: dict[str, Any] = {"seed": 0, "output_dir": "a", "stage2": {"alpha": 0.2, "taps": ["pre"]}}
 
@@ -148,6 +149,7 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (lambda stage: (stage / "inner" / "weights.bin").unlink(), "inner/weights.bin is missing"),
         (lambda stage: (stage / "inner" / "weights.bin").write_bytes(b"12"), "has 2 bytes, 5 were written"),
+        (lambda stage: (stage / "inner" / "weights.bin").write_bytes(b"12354"), "weights.bin is not what was written"),
         (lambda stage: (stage / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda stage: (stage / "manifest.json").write_text('{"files": {'), "manifest.json is not readable"),
         (lambda stage: (stage / "manifest.json").write_text("[1]"), "manifest.json is not readable"),
@@ -155,9 +157,24 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_a_damaged_stage_is_an_error(run: RunDirectory, damage: Any, message: str) -> None:
     run.finish_stage("stage1", write_weights, {})
+    config = json.loads((run.root / "run.json").read_text())["config"]
+    run.close()
     damage(run.path("stage1"))
-    with pytest.raises(SpikelmError, match=f"stage 'stage1' is damaged: .*{message}.*delete"):
-        run.is_done("stage1")
+    with (
+        RunDirectory(run.root, config) as again,
+        pytest.raises(SpikelmError, match=f"stage 'stage1' is damaged: .*{message}.*delete"),
+    ):
+        again.is_done("stage1")
+
+
+def test_how_a_run_is_carried_out_may_change(tmp_path: Path) -> None:
+    def config(**changed: int) -> dict[str, Any]:
+        return {"student": {"steps": 3, "keep_checkpoints": 2, "max_skipped_updates": 3} | changed}
+
+    RunDirectory(tmp_path, config()).close()
+    RunDirectory(tmp_path, config(keep_checkpoints=5, max_skipped_updates=0)).close()
+    with pytest.raises(SpikelmError, match="student.steps=3 there, student.steps=4 asked"):
+        RunDirectory(tmp_path, config(steps=4))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])

@@ -126,7 +126,7 @@ def teacher_directory(config: Config, run: RunDirectory, rows: list[Row], held_o
         return config.teacher
 
     def train_it() -> None:
-        if run.path("teacher").exists():
+        if run.is_done("teacher"):
             return
         say("teacher: training a small BERT on the task's sentences")
         names = embedded_classification()[1] if config.data == "embedded" else None

@@ -50,7 +50,7 @@ def main() -> None:
     model, tokenizer = load_teacher(config.teacher)
     contexts, _ = load_contexts(
         config.data, tokenizer, config.context_length, held_out=config.held_out, text_field=config.text_field,
-        max_tokens=config.max_tokens,
+        max_tokens=config.max_tokens, max_bad_documents=config.max_bad_documents,
     )  # fmt: skip
     teacher = model
     if config.spiking.teacher == "stage1":

@@ -25,6 +25,7 @@ from spikelm.data.sources import line_rows
 from spikelm.distill.arguments import check_rate
 from spikelm.distill.callbacks import CompensationWeight
 from spikelm.distill.preference import train_preferences
+from spikelm.distributed import on_first_rank
 from spikelm.errors import SpikelmError
 from spikelm.experiment import (
     Experiment,
@@ -147,7 +148,7 @@ def pairs_of(experiment: Experiment, config: Preferences, student: PreTrainedMod
             config.preferences, experiment.tokenizer, length, seed=config.seed, **asdict(config.read)
         )
     if not experiment.run.is_done("pairs"):
-        make_pairs(experiment, config, student)
+        on_first_rank(lambda: make_pairs(experiment, config, student))
     directory = experiment.run.path("pairs")
     train, held_out = (
         Dataset.from_list([dict(row) for _, row in line_rows(str(directory / f"{part}.jsonl"))])
@@ -223,7 +224,7 @@ def main() -> None:
         "student": weights_fingerprint(Path(config.run) / "student"),
         "pairs": file_fingerprint(config.preferences),
     }
-    with RunDirectory(config.output_dir, identity) as run:
+    with RunDirectory(config.output_dir, identity, several_processes=True) as run:
         experiment = Experiment.open(settings, run, settings.teacher)
 
         def build() -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -232,7 +233,7 @@ def main() -> None:
 
         tuned = experiment.stage("tuned", build)
         assert tuned is not None  # asked for
-        print_table(report(experiment, config, tuned))
+        on_first_rank(lambda: print_table(report(experiment, config, tuned)))
         say(f"written: {run.path('metrics.json')}")
 
 

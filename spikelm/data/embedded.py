@@ -3,7 +3,6 @@
 import ast
 import inspect
 import itertools
-import os
 import shutil
 import sys
 import sysconfig
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spikelm.data.text import text_contexts
 from spikelm.distributed import on_first_rank
 from spikelm.errors import SpikelmError
+from spikelm.files import put_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -221,7 +221,7 @@ def train_teacher(
         model.eval().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.copy(training / "log.jsonl", partial)
-        os.replace(partial, target)
+        put_in_place(partial, target, record={"steps": steps})
         shutil.rmtree(training)
 
     on_first_rank(keep)

@@ -1,7 +1,6 @@
 """Text classification from what every Python carries; a WordPiece tokenizer and a small BERT, trained on the spot."""
 
 import json
-import os
 import random
 import shutil
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spikelm.data.classification import Row, check_labels, collate_classification, encode_rows
 from spikelm.data.embedded import docstrings, document_paragraphs
 from spikelm.errors import SpikelmError
+from spikelm.files import put_in_place
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -163,7 +163,7 @@ def train_bert(
                 log.write(json.dumps(line) + "\n")
     model.eval().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    os.replace(partial, target)
+    put_in_place(partial, target, record={"steps": steps})
     return target
 
 

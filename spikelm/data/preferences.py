@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spikelm.data.sources import LINES_SUFFIXES, hub_rows, line_rows, messages_of, plain_text
 from spikelm.errors import SpikelmError
+from spikelm.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -161,9 +162,7 @@ def make_preferences(
 
 def write_preferences(path: str | Path, pairs: Iterable[Mapping[str, str]]) -> None:
     """Write pairs as JSON Lines, whole or not at all."""
-    from spikelm.distill.checkpoints import write_text_atomically
-
-    write_text_atomically(Path(path), "".join(json.dumps(dict(pair)) + "\n" for pair in pairs))
+    write_text(Path(path), "".join(json.dumps(dict(pair)) + "\n" for pair in pairs))
 
 
 def _numbered_rows(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

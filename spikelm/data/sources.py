@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spikelm.data.bad_documents import BadDocuments, DocumentError, document_error, listed
 from spikelm.errors import SpikelmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_BYTES = 1_000_000
+LONGEST_LINE = 2**28  # bytes; what has longer ones is hardly JSON Lines, and is not to fill the memory
 TEXT_SUFFIXES = (".txt", ".md")
 LINES_SUFFIXES = (".jsonl", ".json")
 # Tried in this order on the first row of a source; the two pairs become a conversation of one turn each.
@@ -31,7 +33,10 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class Piece(NamedTuple):
-    """A run of text. Successive pieces with the same document number continue one document."""
+    """A run of text. Successive pieces with the same document number continue one document.
+
+    document: the number of a line or row, from 1; 0 for a text, which is one document.
+    """
 
     source: int
     document: int
@@ -39,13 +44,17 @@ class Piece(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How rows are read: the tokenizer (for its chat template) and the caller's choices."""
+    """How rows are read: the tokenizer (for its chat template) and the caller's choices.
+
+    max_bad_documents: how many documents that cannot be read are left out; 0: the first one is an error.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     text_field: str | None
     split: str
     hub_config: str | None
     streaming: bool
+    max_bad_documents: int = 0
 
 
 def source_names(source: str | Path) -> list[str]:
@@ -63,9 +72,13 @@ def total_bytes(names: Iterable[str]) -> int:
     return sum(Path(name).stat().st_size for name in names if name != "embedded" and not name.startswith("hub:"))
 
 
-def read_pieces(names: list[str], reading: Reading) -> Iterator[Piece]:
-    """Pieces of all sources in turn, one from each (a row, or 1 MB of a text), until every source has ended."""
-    turns = deque((index, _documents(name, reading)) for index, name in enumerate(names))
+def read_pieces(names: list[str], reading: Reading, bad: BadDocuments | None = None) -> Iterator[Piece]:
+    """Pieces of all sources in turn, one from each (a row, or 1 MB of a text), until every source has ended.
+
+    bad: where documents that cannot be read are noted; without it each is warned of as it is met.
+    """
+    bad = BadDocuments(names, reading.max_bad_documents, at_once=True) if bad is None else bad
+    turns = deque((index, _documents(index, name, reading, bad)) for index, name in enumerate(names))
     while turns:
         index, documents = turns.popleft()
         for document, text in documents:
@@ -100,17 +113,17 @@ def _check_file(name: str) -> None:
         raise SpikelmError(f"{name} is empty")
 
 
-def _documents(name: str, reading: Reading) -> Iterator[tuple[int, str]]:
+def _documents(source: int, name: str, reading: Reading, bad: BadDocuments) -> Iterator[tuple[int, str]]:
     if name == "embedded":
         from spikelm.data.embedded import python_documentation
 
         return ((0, block) for block in text_blocks(python_documentation()))
     if name.startswith("hub:"):
-        rows = hub_rows(name, reading.split, reading.hub_config, reading.streaming)
-        return _row_documents(name, rows, reading)
+        hub = hub_rows(name, reading.split, reading.hub_config, reading.streaming)
+        return _row_documents(source, enumerate(hub, 1), reading, bad)
     if Path(name).suffix.lower() in TEXT_SUFFIXES:
         return ((0, block) for block in _file_blocks(name))
-    return _row_documents(name, (row for _, row in line_rows(name)), reading)
+    return _row_documents(source, line_rows(name, bad, source), reading, bad)
 
 
 def _file_blocks(name: str) -> Iterator[str]:
@@ -142,24 +155,60 @@ def _decoded(name: str, decoder: codecs.IncrementalDecoder, raw: bytes) -> str:
         raise SpikelmError(f"{name} is not UTF-8 text ({error.reason}); UTF-8 text is accepted") from error
 
 
-def line_rows(name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, counted from 1, and object) for every line of a JSON Lines file that is not blank."""
-    number = 0
-    for block in _file_blocks(name):
-        # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-        for line in block.removesuffix("\n").split("\n"):
-            number += 1
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise SpikelmError(
-                    f"{name} line {number} is not JSON ({error.msg}); one object a line is accepted"
-                ) from error
-            if not isinstance(row, dict):
-                raise SpikelmError(f"{name} line {number} is a {type(row).__name__}; one object a line is accepted")
-            yield number, row
+def line_rows(name: str, bad: BadDocuments | None = None, source: int = 0) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, counted from 1, and object) for every line of a JSON Lines file that is not blank.
+
+    bad: where lines that hold no object are noted, as those of bad.names[source]; without it the first is a
+        SpikelmError.
+    """
+    bad = BadDocuments([name]) if bad is None else bad
+    for number, line in _lines(name):
+        try:
+            row = _object(line)
+        except DocumentError as error:
+            bad.add(source, number, error)
+        else:
+            if row is not None:
+                yield number, row
+
+
+def _lines(name: str) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes without the newline) of every line; of one of LONGEST_LINE bytes or more, its beginning."""
+    number, ended = 0, True
+    with open(name, "rb") as file:
+        # Bytes are cut at newlines alone, as JSON strings may hold U+2028 and its like unescaped.
+        for part in iter(partial(file.readline, LONGEST_LINE), b""):
+            if ended:
+                number += 1
+                yield number, (part.removeprefix(codecs.BOM_UTF8) if number == 1 else part).removesuffix(b"\n")
+            ended = part.endswith(b"\n")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, None for a blank one."""
+    if len(line) >= LONGEST_LINE:
+        raise DocumentError(f"longer than {LONGEST_LINE} bytes", "one object a line")
+    try:
+        text = line.decode()
+        if not text or text.isspace():
+            return None
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _line_error(line, error) from error
+    if not isinstance(row, dict):
+        raise DocumentError(f"a {type(row).__name__}", "one object a line")
+    return row
+
+
+def _line_error(line: bytes, error: Exception) -> DocumentError:
+    if b"\0" in line:  # which JSON never takes
+        return DocumentError("binary (it holds NUL bytes)", "UTF-8 text")
+    if isinstance(error, UnicodeDecodeError):
+        return DocumentError(f"not UTF-8 text ({error.reason})", "UTF-8 text")
+    if isinstance(error, json.JSONDecodeError):
+        return DocumentError(f"not JSON ({error.msg})", "one object a line")
+    # Nested beyond what Python parses, or a number of more than 4300 digits.
+    return DocumentError(f"not JSON that can be parsed ({error})", "one object a line")
 
 
 def hub_rows(
@@ -181,21 +230,31 @@ def hub_rows(
         raise SpikelmError(f"{name} cannot be read: {reason}") from error
 
 
-def _row_documents(name: str, rows: Iterator[Mapping[str, Any]], reading: Reading) -> Iterator[tuple[int, str]]:
+def _row_documents(
+    source: int, rows: Iterable[tuple[int, Mapping[str, Any]]], reading: Reading, bad: BadDocuments
+) -> Iterator[tuple[int, str]]:
+    name = bad.names[source]
     fields: tuple[str, ...] | None = None
-    skipped = found = 0
-    for number, row in enumerate(rows):
+    read = skipped = found = 0
+    for number, row in rows:
+        read += 1
         if fields is None:
             fields = _usable_fields(name, row, reading.text_field)
-        text = _row_text(row, fields, reading.tokenizer)
+        try:
+            text = _row_text(row, fields, reading.tokenizer)
+        except DocumentError as error:
+            bad.add(source, number, error)
+            continue
         if text is None:
             skipped += 1
         elif text:
             found += 1
             yield number, text
     if skipped:
-        message = f"{name}: skipped {skipped} of {number + 1} rows that hold no text in {' + '.join(fields or ())}"
+        message = f"{name}: skipped {skipped} of {read} rows that hold no text in {' + '.join(fields or ())}"
         warnings.warn(message, stacklevel=2)
+    if not found and bad.of(source):
+        raise SpikelmError(f"{name}: none of its documents can be read: {listed(bad.of(source))}")
     if not found:
         raise SpikelmError(f"{name} is empty: none of its rows holds text")
 
@@ -214,7 +273,10 @@ def _usable_fields(name: str, row: Mapping[str, Any], text_field: str | None) ->
 
 
 def _row_text(row: Mapping[str, Any], fields: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """The row's document, or None when its fields hold something else than text or a conversation."""
+    """The row's document, or None when its fields hold something else than text or a conversation.
+
+    DocumentError where the chat template fails on it.
+    """
     values = [row.get(field) for field in fields]
     if len(values) == 2:
         question, answer = values
@@ -257,4 +319,6 @@ def _conversation(turns: list[Any], tokenizer: "PreTrainedTokenizerBase") -> str
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError:  # a template may refuse an order of roles
         return None
+    except Exception as error:
+        raise document_error("the chat template", error) from error
     return str(text).removeprefix(tokenizer.bos_token or "")  # every context begins with bos anyway

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spikelm.errors import SpikelmError
-from spikelm.run import PARTIAL, require_free_space, write_json
+from spikelm.files import PARTIAL, require_free_space, write_json
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from spikelm.data.bad_documents import BadDocuments, document_error
 from spikelm.data.sources import (
     BLOCK_BYTES,
     Piece,
@@ -37,6 +38,8 @@ def load_contexts(
     max_tokens: int | None = None,
     split: str = "train",
     hub_config: str | None = None,
+    max_bad_documents: int = 10,
+    bad_documents: list[dict[str, Any]] | None = None,
 ) -> "tuple[Dataset | IterableDataset, Dataset]":
     """Read, tokenise and pack `source`; returns (train, held-out), rows {"input_ids": [context_length ints]}.
 
@@ -51,23 +54,35 @@ def load_contexts(
     streaming: train is an IterableDataset that reads its source again on every pass; nothing but a block is in memory.
     max_tokens: at most this many tokens are kept, held-out ones included.
     split, hub_config: of a Hub dataset that does not name its own.
+    max_bad_documents: so many documents of all sources together may be bad and are left out, with one warning that
+        counts them and names the first ones; with streaming, on every pass, with a warning for each as it is met. Bad
+        is a line that is no JSON object or not UTF-8, or a document on which the tokenizer or its chat template fails.
+        One more is an error, and with 0 the first one is.
+    bad_documents: a list that gets {"source", "line" or "row" (counted from 1), "reason"} of each that was left out;
+        nothing with streaming, where most are met later.
     A context is [bos] + context_length - 1 tokens of text, or context_length tokens for a tokenizer without bos
     [ours]. Documents are joined by eos where there is one; the tokenizer adds nothing of its own; what is left after
     the last whole context is dropped. Rows without text are skipped with a warning. SpikelmError names what cannot be
     read.
     """
     _check_numbers(context_length, held_out, max_tokens)
+    if max_bad_documents < 0:
+        raise SpikelmError(f"max_bad_documents is {max_bad_documents}; 0 or more is accepted")
     names = source_names(source)
-    reading = Reading(tokenizer, text_field, split, hub_config, streaming)
+    reading = Reading(tokenizer, text_field, split, hub_config, streaming, max_bad_documents)
     limit = None if max_tokens is None else max_tokens // context_length
     if streaming:
         count = STREAMING_HELD_OUT if limit is None else min(limit - 1, max(1, round(held_out * limit)))
         return _streamed(names, reading, context_length, limit, count)
     size = total_bytes(names)
     silent = 0 < size <= PROGRESS_FROM_BYTES or names == ["embedded"]
+    bad = BadDocuments(names, max_bad_documents)
     with tqdm(total=size or None, unit="B", unit_scale=True, desc="tokenising", disable=silent) as progress:
-        pieces = _counted(read_pieces(names, reading), progress)
-        blocks = list(pack(pieces, tokenizer, context_length, limit))
+        pieces = _counted(read_pieces(names, reading, bad), progress)
+        blocks = list(pack(pieces, tokenizer, context_length, limit, bad))
+    bad.warn()
+    if bad_documents is not None:
+        bad_documents.extend(bad.found)
     return _split(blocks, str(source), context_length, held_out)
 
 
@@ -112,14 +127,22 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> No
 
 
 def pack(
-    pieces: Iterable[Piece], tokenizer: "PreTrainedTokenizerBase", context_length: int, limit: int | None = None
+    pieces: Iterable[Piece],
+    tokenizer: "PreTrainedTokenizerBase",
+    context_length: int,
+    limit: int | None = None,
+    bad: BadDocuments | None = None,
 ) -> Iterator[np.ndarray]:
-    """Tokenise pieces; yields int32 arrays [n, context_length] of whole contexts, `limit` in all; memory is bounded."""
+    """Tokenise pieces; yields int32 arrays [n, context_length] of whole contexts, `limit` in all; memory is bounded.
+
+    bad: where documents are noted on which the tokenizer fails; without it the first one is a SpikelmError.
+    """
+    bad = BadDocuments(["the text"]) if bad is None else bad
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = context_length - len(bos)
     rest = np.empty(0, dtype=np.int32)
     made = 0
-    for tokens in _token_runs(pieces, tokenizer):
+    for tokens in _token_runs(pieces, tokenizer, bad):
         rest = np.concatenate([rest, tokens])
         count = len(rest) // body if limit is None else min(len(rest) // body, limit - made)
         block = np.empty((count, context_length), dtype=np.int32)
@@ -133,41 +156,61 @@ def pack(
             return
 
 
-def _token_runs(pieces: Iterable[Piece], tokenizer: "PreTrainedTokenizerBase") -> Iterator[np.ndarray]:
+def _token_runs(
+    pieces: Iterable[Piece], tokenizer: "PreTrainedTokenizerBase", bad: BadDocuments
+) -> Iterator[np.ndarray]:
     """Token ids [n] of about 1 MB of text at a time, eos between documents."""
-    waiting: list[Piece] = []
     previous: tuple[int, int] | None = None
+    for together in _batches(pieces):
+        runs: list[Any] = []
+        for piece, tokens in _tokenised(together, tokenizer, bad):
+            if previous is not None and previous != piece[:2] and tokenizer.eos_token_id is not None:
+                runs.append([tokenizer.eos_token_id])
+            runs.append(tokens)
+            previous = piece[:2]
+        if runs:
+            yield np.concatenate([np.asarray(run, dtype=np.int32) for run in runs])
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that together are about 1 MB of text."""
+    waiting: list[Piece] = []
     size = 0
     for piece in pieces:
         waiting.append(piece)
         size += len(piece.text)
         if size >= BLOCK_BYTES:
-            yield _tokenise(waiting, tokenizer, previous)
-            previous = waiting[-1][:2]
+            yield waiting
             waiting, size = [], 0
     if waiting:
-        yield _tokenise(waiting, tokenizer, previous)
+        yield waiting
 
 
-def _tokenise(
-    pieces: list[Piece], tokenizer: "PreTrainedTokenizerBase", previous: tuple[int, int] | None
-) -> np.ndarray:
+def _tokenised(
+    pieces: list[Piece], tokenizer: "PreTrainedTokenizerBase", bad: BadDocuments
+) -> list[tuple[Piece, list[int]]]:
+    """The pieces with their token ids, without the documents on which the tokenizer fails."""
     texts = [piece.text for piece in pieces]
-    # verbose=False: the stream is meant to be longer than the model's context.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    runs: list[Any] = []
-    for piece, tokens in zip(pieces, encoded["input_ids"], strict=True):
-        if previous is not None and previous != piece[:2] and tokenizer.eos_token_id is not None:
-            runs.append([tokenizer.eos_token_id])
-        runs.append(tokens)
-        previous = piece[:2]
-    return np.concatenate([np.asarray(run, dtype=np.int32) for run in runs])
+    try:
+        # verbose=False: the stream is meant to be longer than the model's context.
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(zip(pieces, encoded["input_ids"], strict=True))
+    except BaseException as error:
+        fault = document_error("the tokenizer", error)
+        if len(pieces) == 1:
+            fault.__cause__ = error
+            bad.add(pieces[0].source, pieces[0].document, fault)
+            return []
+    # It does not say which of them it was.
+    half = len(pieces) // 2
+    return _tokenised(pieces[:half], tokenizer, bad) + _tokenised(pieces[half:], tokenizer, bad)
 
 
 def _counted(pieces: Iterator[Piece], progress: "tqdm[Any]") -> Iterator[Piece]:
     for piece in pieces:
         yield piece
-        progress.update(len(piece.text.encode()))
+        # surrogatepass: JSON may escape half of a pair, on which the tokenizer has yet to fail.
+        progress.update(len(piece.text.encode(errors="surrogatepass")))
 
 
 def _check_numbers(context_length: int, held_out: float, max_tokens: int | None) -> None:
@@ -203,7 +246,7 @@ def _streamed(
     from datasets import Features, IterableDataset, List, Value
 
     # One context more than is held out: a source without a train context is refused here, not at the first step.
-    blocks = list(pack(read_pieces(names, reading), reading.tokenizer, context_length, held_out + 1))
+    blocks = list(_streamed_blocks(names, reading, context_length, held_out + 1))
     count = sum(map(len, blocks))
     if count <= held_out:
         raise _too_short("+".join(names), count, held_out + 1, context_length)
@@ -221,10 +264,18 @@ def _streamed(
     return train, _dataset(np.concatenate(blocks)[:held_out])
 
 
+def _streamed_blocks(
+    names: list[str], reading: Reading, context_length: int, limit: int | None
+) -> Iterator[np.ndarray]:
+    """One pass. Every pass, on every rank, leaves out the same documents."""
+    bad = BadDocuments(names, reading.max_bad_documents, at_once=True)
+    return pack(read_pieces(names, reading, bad), reading.tokenizer, context_length, limit, bad)
+
+
 def _stream_rows(
     names: list[str], reading: Reading, context_length: int, limit: int | None, skip: int
 ) -> Iterator[dict[str, list[int]]]:
-    for block in pack(read_pieces(names, reading), reading.tokenizer, context_length, limit):
+    for block in _streamed_blocks(names, reading, context_length, limit):
         for context in block[skip:]:
             yield {"input_ids": context.tolist()}
         skip = max(0, skip - len(block))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.distill.objectives import Batch, Objective, batch_mask
+from spikelm.distill.sharing import sum_over_parts
 from spikelm.distill.taps import unwrapped
 from spikelm.errors import SpikelmError
 
@@ -29,9 +30,9 @@ class Activity:
 
     The rate is a mean over the banks of neurons, each counted by the weights behind it: with measure "union" the share
     of the weights that are read where the columns of silent channels are skipped. The hinge is linear, so from some
-    weight on the target is met, and below the target nothing pulls. Means are over the real tokens of a batch; with
-    gradient accumulation or several processes the hinge is of every part by itself. Logged besides the objective's
-    terms: "objective" (its loss), "activity" (the hinge) and "rate".
+    weight on the target is met, and below the target nothing pulls. Means are over the real tokens of a batch, those of
+    all processes that share it; with gradient accumulation every forward pass has its own hinge. Logged besides the
+    objective's terms: "objective" (its loss), "activity" (the hinge) and "rate".
 
     Args:
         objective: what is trained for. What it counts, and what it trains beside the student, stay.
@@ -75,17 +76,36 @@ class Activity:
         groups = self._groups(student)
         with _recorded_inputs(bank for banks, _ in groups for bank in banks) as inputs:
             terms = self.objective(student, teacher, batch, num_items)
-        mask = batch.get("attention_mask")
-        rates = [self._rate(banks, inputs, mask) for banks, _ in groups]
-        weights = [sum(banks.values()) for banks, _ in groups]
-        excess = [(rate - target).clamp_min(0) for rate, (_, target) in zip(rates, groups, strict=True)]
-        # As for the objective: the parts of one update add up to its mean.
-        share = 1.0 if num_items is None else self._count(batch) / num_items
-        activity = share * _weighted_mean(excess, weights)
-        rate = share * _weighted_mean(rates, weights).detach()
+        activity, rate = self._activity(groups, inputs, batch, num_items)
         others = {name: term for name, term in terms.items() if name != "loss"}
         loss = terms["loss"] + self.weight * activity
         return {"loss": loss, "objective": terms["loss"].detach(), **others, "activity": activity, "rate": rate}
+
+    def _activity(
+        self,
+        groups: Sequence[tuple[Mapping[SpikingLinear, int], float]],
+        inputs: Mapping[SpikingLinear, Tensor],
+        batch: Batch,
+        num_items: Tensor | float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The hinge, with its gradient, and the rate: this process's addends to those of the whole batch."""
+        mask = batch.get("attention_mask")
+        rates = torch.stack([self._rate(banks, inputs, mask) for banks, _ in groups])
+        weights = [sum(banks.values()) for banks, _ in groups]
+        tokens, count = _real_tokens(batch), self._count(batch)
+        *spikes, all_tokens, whole_count = sum_over_parts(
+            torch.stack([*(rates.double() * tokens), tokens.double(), count.to(tokens.device).double()])
+        )
+        # The hinge is of the whole batch's rate; its gradient is of this part of it.
+        whole_rates = (torch.stack(spikes) / all_tokens.clamp_min(1)).to(rates.dtype)
+        own = (tokens / all_tokens.clamp_min(1)).to(rates.dtype) * (rates - rates.detach())
+        targets = rates.new_tensor([target for _, target in groups])
+        hinge = _weighted_mean((whole_rates + own - targets).clamp_min(0), weights)
+        # As for the objective: the parts of one update add up to its mean.
+        whole_share = 1.0 if num_items is None else whole_count / num_items
+        share = whole_share * count / whole_count.clamp_min(1)
+        activity = whole_share * hinge - (whole_share - share) * hinge.detach()
+        return activity.to(rates.dtype), (share * _weighted_mean(whole_rates, weights)).to(rates.dtype)
 
     def _groups(self, student: nn.Module) -> list[tuple[dict[SpikingLinear, int], float]]:
         """The banks that share a target, each by its owner with the weights behind it; and the target."""
@@ -138,9 +158,14 @@ def weights_behind(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _weighted_mean(values: list[Tensor], weights: list[int]) -> Tensor:
+def _weighted_mean(values: Iterable[Tensor], weights: list[int]) -> Tensor:
     total = torch.stack([weight * value for value, weight in zip(values, weights, strict=True)]).sum()
     return total / sum(weights)
+
+
+def _real_tokens(batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]).sum() if mask is None else (mask != 0).sum()
 
 
 def _mean_over_tokens(counts: Tensor, mask: Tensor | None) -> Tensor:

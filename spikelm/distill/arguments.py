@@ -27,7 +27,8 @@ def training_options(
 ) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments or a class derived from it; see `spikelm.distill.trainer.train`.
 
-    checked: the options of check_options, which names one that is out of range. Several processes share an update.
+    checked: the options of check_options, which names one that is out of range; keep_checkpoints is among them. Several
+    processes share an update.
     """
     check_options(**checked)
     batch_size, gradient_accumulation = share_of_update(checked["batch_size"], checked["gradient_accumulation"])
@@ -52,7 +53,7 @@ def training_options(
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": checked["save_steps"],
-        "save_total_limit": 1,
+        "save_total_limit": checked["keep_checkpoints"],
         "eval_strategy": "no",
         "report_to": ["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         "remove_unused_columns": False,
@@ -73,6 +74,8 @@ def check_options(
     max_grad_norm: float,
     schedule: str,
     save_steps: int,
+    keep_checkpoints: int,
+    max_skipped_updates: int,
     bf16: bool,
     logging_steps: int = 10,
     threshold_learning_rate: float | None = None,
@@ -80,9 +83,11 @@ def check_options(
 ) -> None:
     """SpikelmError names an option of a training function that is out of range."""
     counts = {"steps": steps, "batch_size": batch_size, "save_steps": save_steps, "logging_steps": logging_steps}
-    for name, count in {**counts, "gradient_accumulation": gradient_accumulation}.items():
-        if count < 1 or count != int(count):
-            raise SpikelmError(f"{name} must be a whole number >= 1, given {count}")
+    counts |= {"gradient_accumulation": gradient_accumulation, "keep_checkpoints": keep_checkpoints}
+    for name, count in {**counts, "max_skipped_updates": max_skipped_updates}.items():
+        least = 0 if name == "max_skipped_updates" else 1
+        if not math.isfinite(count) or count < least or count != int(count):
+            raise SpikelmError(f"{name} must be a whole number >= {least}, given {count}")
     check_rate("learning_rate", learning_rate)
     check_rate("threshold_learning_rate", threshold_learning_rate)
     if not 0 <= warmup_fraction < 1:

@@ -16,16 +16,27 @@ from typing import Any
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spikelm.distill.checkpoints import write_text_atomically
 from spikelm.errors import SpikelmError
+from spikelm.files import write_text
 from spikelm.neurons.tilif import TILIF, anneal_sgc
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a last line that was cut short is left out. Empty where there is no file."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    """The lines of a log.jsonl; a last line that was cut short is left out. Empty where there is no file.
+
+    Raises:
+        SpikelmError: a line is no JSON, by its number.
+    """
+    # Bytes first: a damaged one need not be UTF-8.
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    found = []
     # What follows the last newline is empty, or a line that a killed process could not finish.
-    return [json.loads(line) for line in lines[:-1]]
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise SpikelmError(f"{path} is damaged in line {number}: delete that line, or the file") from error
+    return found
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
@@ -35,6 +46,7 @@ def last_metrics(path: Path) -> dict[str, Any]:
 
 class MetricsFile(TrainerCallback):
     """Append every step log as one JSON line: step, loss, the objective's terms, learning_rate, grad_norm, wall_s, ...
+    Loss and terms are absent where no update since the line before had a finite one (skipped_updates counts them).
 
     wall_s counts training seconds over all resumed parts. On resume the lines beyond the resumed step are dropped.
     Saving and the last step always log, so that a resumed run writes the same lines as one that was never stopped.
@@ -50,7 +62,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-        write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._start = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -65,7 +77,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+        if logs is None or "skipped_updates" not in logs or not state.is_world_process_zero:
             return
         line = {"step": state.global_step, **logs, "wall_s": round(time.perf_counter() - self._start, 3)}
         with self.path.open("a", encoding="utf-8") as stream:

@@ -1,54 +1,39 @@
-"""Checkpoint directories that count only when whole: checkpoint-<step>/ with a COMPLETE file written last."""
+"""Checkpoints of a training: directories checkpoint-<step>/ that are whole or absent; damaged ones are put aside."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import shutil
 from pathlib import Path
 
-MARKER = "COMPLETE"
+from spikelm.errors import SpikelmError
+from spikelm.files import PARTIAL, put_in_place, read_manifest, remove
+
+DAMAGED = ".damaged"
 
 logger = logging.getLogger(__name__)
 
 
-def mark_complete(directory: str | Path, step: int) -> None:
-    """Flush every file of the directory to disk, then write COMPLETE (json: step, size of each file in bytes) in one
-    move.
-    """
-    directory = Path(directory)
-    files: dict[str, int] = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != MARKER:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-            files[path.relative_to(directory).as_posix()] = path.stat().st_size
-    write_text_atomically(directory / MARKER, json.dumps({"step": step, "files": files}, indent=1))
+def unfinished(output_dir: str | Path) -> Path:
+    """Where a checkpoint is written, by its own name, before it is put in place."""
+    return Path(output_dir) / f"checkpoints{PARTIAL}"
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a neighbour file, flush it, and move it over `path`: a reader sees the old text or the new one, never a
-    part.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+def finish_checkpoint(output_dir: str | Path, step: int) -> Path:
+    """Put what was written to unfinished(output_dir)/checkpoint-<step> in place; returns its directory."""
+    final = Path(output_dir) / f"checkpoint-{step}"
+    put_in_place(unfinished(output_dir) / final.name, final, step=step)
+    remove(unfinished(output_dir))
+    return final
 
 
-def is_complete(directory: str | Path) -> bool:
-    """Whether COMPLETE is there and every file it names has its size."""
-    directory = Path(directory)
+def damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, None where it is as it was written. Reads all of it."""
     try:
-        marker = json.loads((directory / MARKER).read_text(encoding="utf-8"))
-        sizes = {name: (directory / name).stat().st_size for name in marker["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return sizes == marker["files"] and checkpoint_step(directory) == marker.get("step")
+        step = read_manifest(directory).get("step")
+    except SpikelmError as error:
+        return str(error)
+    return None if step == checkpoint_step(directory) else f"it is of step {step}"
 
 
 def checkpoint_step(directory: str | Path) -> int | None:
@@ -58,7 +43,7 @@ def checkpoint_step(directory: str | Path) -> int | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """All checkpoint directories of a run, whole or not, by rising step."""
+    """All checkpoint directories of a training, damaged ones too, by rising step."""
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
@@ -66,23 +51,38 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted((step, path) for path, step in steps.items() if step is not None)]
 
 
+def last_whole(output_dir: str | Path) -> Path | None:
+    """The checkpoint of the highest step that is as it was written, or None. Changes nothing."""
+    return next((path for path in reversed(checkpoints(output_dir)) if damage(path) is None), None)
+
+
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint of the highest step, or None. Checkpoints that are not whole are deleted, with a logged
-    warning.
+    """The whole checkpoint of the highest step, or None.
+
+    A damaged one of a higher step is moved aside to checkpoint-<step>.damaged, with a logged warning that names the
+    file; what a killed process left unfinished is deleted.
     """
-    whole = None
-    for path in checkpoints(output_dir):
-        if is_complete(path):
+    remove(unfinished(output_dir))
+    whole, moved = None, False
+    for path in reversed(checkpoints(output_dir)):
+        wrong = damage(path)
+        if wrong is None:
             whole = path
-        else:
-            logger.warning("deleting %s: it is not whole (no valid %s file, or a file of another size)", path, MARKER)
-            shutil.rmtree(path, ignore_errors=True)
+            break
+        aside = path.with_name(path.name + DAMAGED)
+        remove(aside)
+        path.rename(aside)
+        logger.warning("%s is damaged: %s; it is now %s", path, wrong, aside.name)
+        moved = True
+    if moved:
+        logger.warning("the training goes on from %s", whole or "its beginning: no whole checkpoint is left")
     return whole
 
 
 def keep_latest(output_dir: str | Path, count: int) -> None:
     """Delete all but the `count` (>= 1) checkpoints of the highest steps."""
     for path in checkpoints(output_dir)[:-count]:
-        # The marker goes first, so that a deletion cut short leaves nothing that looks whole.
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        # Renamed first, so that a deletion cut short leaves nothing that looks like a damaged checkpoint.
+        remove(unfinished(output_dir))
+        path.rename(unfinished(output_dir))
+        remove(unfinished(output_dir))

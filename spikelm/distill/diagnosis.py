@@ -1,16 +1,19 @@
-"""Why a loss, a gradient or an update is not finite: found by looking at what the step worked with."""
+"""Why a loss, a gradient or an update is not finite, found by looking at what the step worked with; and its batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from spikelm.distill.checkpoints import checkpoint_step, checkpoints, is_complete
+from spikelm.distill.checkpoints import last_whole
+from spikelm.distributed import rank, world_size
+from spikelm.files import write_bytes
 
 
 def non_finite_tensor(model: nn.Module) -> str | None:
@@ -73,5 +76,22 @@ def likely_cause(
 
 def last_good_checkpoint(output_dir: str | Path) -> str:
     """ "last whole checkpoint: PATH", or "no checkpoint yet". Deletes nothing."""
-    whole = [path for path in checkpoints(output_dir) if is_complete(path) and checkpoint_step(path)]
-    return f"last whole checkpoint: {whole[-1]}" if whole else "no checkpoint yet"
+    whole = last_whole(output_dir)
+    return "no checkpoint yet" if whole is None else f"last whole checkpoint: {whole}"
+
+
+def save_batches(directory: Path, batches: Iterable[Mapping[str, Any]], step: int, problem: str) -> Path:
+    """The tensors of an update's batches as directory/step-<step>.safetensors, of several processes one file each.
+
+    Names are micro_batch_<number>.<name>, as micro_batch_0.input_ids [B, L]; the file's metadata say step and problem.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"micro_batch_{number}.{name}": value.detach().cpu().clone()
+        for number, batch in enumerate(batches)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+    process = f"-rank{rank()}" if world_size() > 1 else ""
+    content = safetensors.torch.save(tensors, {"step": str(step), "problem": problem})
+    return write_bytes(directory / f"step-{step}{process}.safetensors", content)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import _composable_state
 
+from spikelm.distill.sharing import FILLER, part_of_batch
 from spikelm.distill.taps import decoder_layers
 from spikelm.distributed import LAUNCHED_FSDP, is_first, world_size
 from spikelm.errors import SpikelmError
@@ -82,8 +83,9 @@ class UnderObjective(nn.Module):
         self._terms_of = terms_of
 
     def forward(self, batch: Mapping[str, Tensor], num_items: Tensor | float | None) -> Terms:
-        """Only the loss keeps its graph."""
-        terms = self._terms_of(batch, num_items)
+        """Only the loss keeps its graph. A batch that is a filler says so to sharing.sum_over_parts alone."""
+        with part_of_batch(FILLER in batch):
+            terms = self._terms_of({name: value for name, value in batch.items() if name != FILLER}, num_items)
         return {name: value if name == "loss" else value.detach() for name, value in terms.items()}
 
 

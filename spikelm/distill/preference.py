@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from spikelm import distributed
 from spikelm.data.preferences import pair_lengths, require_trl, tokenise_pairs
 from spikelm.data.text import check_tokenizer
 from spikelm.distill.arguments import check_rate, training_options
 from spikelm.distill.callbacks import MetricsFile, StopAtStepEnd, last_metrics
+from spikelm.distill.parallel import same_on_all
 from spikelm.distill.robust import find_checkpoint, run_to_the_end
 from spikelm.distill.trainer import collate
-from spikelm.distributed import world_size
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import evaluation_mode
 
@@ -56,6 +58,8 @@ def train_preferences(
     betas: tuple[float, float] = (0.9, 0.95),
     seed: int = 0,
     save_steps: int = 500,
+    keep_checkpoints: int = 2,
+    max_skipped_updates: int = 3,
     logging_steps: int = 10,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
@@ -67,7 +71,8 @@ def train_preferences(
 
     Trains `student` in place, in train mode, with AdamW to `steps` updates, from the last whole checkpoint of
     output_dir if any; requires_grad is as the caller has set it. Dropout is off meanwhile, as in TRL. beta and
-    learning_rate are ours: SpikingMamba gives none. Needs TRL.
+    learning_rate are ours: SpikingMamba gives none. The loss, and TRL's figures, are means over the pairs (or tokens)
+    of the whole update, so that gradient accumulation equals one big batch. Needs TRL.
 
     Args:
         reference: the distilled student, frozen (its mode and requires_grad are set); None copies the student as given.
@@ -81,12 +86,16 @@ def train_preferences(
         {"steps", "wall_s", "loss", TRL's "rewards/accuracies", "rewards/margins", "logps/chosen", ... of the last log
         line, "held_out": {"before", "after"}: preference_metrics, before as the student is given}.
 
-    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt. One process only: SpikelmError where a
-    launcher has started several.
+    Under torchrun or accelerate launch all processes call this together, with equal models and pairs, and share every
+    update (DDP; a sharded student is refused). Each has the trained student at the end; the first one writes, and
+    measures the held-out pairs for all. A checkpoint does not tell how many processes made it.
+
+    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt (one process only).
     """
     require_trl("preference optimisation and its trainer")
-    if world_size() > 1:
-        raise SpikelmError(f"train_preferences runs in one process; a launcher has started {world_size()}")
+    distributed.start()
+    if os.environ.get(distributed.LAUNCHED_FSDP) == "true":
+        raise SpikelmError("train_preferences keeps the whole student on every process: launch it without --use_fsdp")
     output_dir = Path(output_dir)
     _check(student, reference, tokenizer, beta)
     options = training_options(
@@ -104,6 +113,8 @@ def train_preferences(
         betas=betas,
         seed=seed,
         save_steps=save_steps,
+        keep_checkpoints=keep_checkpoints,
+        max_skipped_updates=max_skipped_updates,
         logging_steps=logging_steps,
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
@@ -111,13 +122,20 @@ def train_preferences(
     train_tokens = _tokens("train_pairs", train_pairs, tokenizer, max_length)
     held_out = _tokens("held_out_pairs", held_out_pairs, tokenizer, max_length)
     checkpoint = find_checkpoint(output_dir, steps, resume)
-    if reference is None:
-        reference = copy.deepcopy(student)
-    reference.eval().requires_grad_(False)
-    before = _metrics(student, reference, held_out, beta, batch_size)
-    _run(student, reference, train_tokens, tokenizer, options, beta, threshold_learning_rate, checkpoint, callbacks)
-    metrics = last_metrics(output_dir / "log.jsonl")
-    after = _metrics(student, reference, held_out, beta, batch_size)
+    frozen = copy.deepcopy(student) if reference is None else reference
+    frozen.eval().requires_grad_(False)
+    if distributed.world_size() > 1:
+        same_on_all(student)
+        same_on_all(frozen)
+
+    def measured() -> dict[str, float]:
+        return distributed.on_first_rank(lambda: _metrics(student, frozen, held_out, beta, batch_size))
+
+    before = measured()
+    robust = {"threshold_learning_rate": threshold_learning_rate, "max_skipped_updates": max_skipped_updates}
+    _run(student, frozen, train_tokens, tokenizer, options, beta, robust, checkpoint, callbacks)
+    metrics = distributed.on_first_rank(lambda: last_metrics(output_dir / "log.jsonl"))
+    after = measured()
     result = {"steps": steps, "wall_s": metrics.pop("wall_s"), **{k: v for k, v in metrics.items() if k != "step"}}
     return result | {"held_out": {"before": before, "after": after}}
 
@@ -227,10 +245,11 @@ def _run(
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],
     beta: float,
-    threshold_learning_rate: float | None,
+    robust: Mapping[str, Any],
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
+    """robust: attributes of RobustTrainer."""
     from trl import DPOConfig
 
     from spikelm.distill.preference_trainer import PreferenceTrainer
@@ -238,7 +257,10 @@ def _run(
     stop = StopAtStepEnd()
     log = MetricsFile(Path(options["output_dir"]) / "log.jsonl")
     # Lengths are checked, so that nothing is to be cut off; TRL's own checkpointing would be a second one.
-    arguments = DPOConfig(**options, beta=beta, loss_type=["sigmoid"], max_length=None, gradient_checkpointing=False)
+    fixed: dict[str, Any] = {"loss_type": ["sigmoid"], "max_length": None, "gradient_checkpointing": False}
+    if distributed.world_size() > 1:
+        fixed["ddp_find_unused_parameters"] = True  # a spiking layer may be silent
+    arguments = DPOConfig(**options, **fixed, beta=beta)
     with _left_as_they_were(student, reference), warnings.catch_warnings():
         # TRL 1.16 asks for checkpointing by a name that transformers 5.23 has given up.
         warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
@@ -250,7 +272,8 @@ def _run(
             train_dataset=tokens,
             callbacks=[*callbacks, log, stop],  # what they add to a log is written
         )
-        trainer.threshold_learning_rate = threshold_learning_rate
+        for name, value in robust.items():
+            setattr(trainer, name, value)
         run_to_the_end(trainer, checkpoint, stop)
 
 
@@ -260,7 +283,8 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise SpikelmError("the tokenizer has neither a pad nor an eos token: set tokenizer.pad_token")
-        logger.warning("the tokenizer has no pad token: its eos token %s pads (masked)", tokenizer.eos_token)
+        if distributed.is_first():
+            logger.warning("the tokenizer has no pad token: its eos token %s pads (masked)", tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -1,9 +1,9 @@
-"""What every trainer here adds to transformers.Trainer: it stops at what is not finite, its checkpoints are whole."""
+"""What every trainer here adds to transformers.Trainer: no step with what is not finite, and whole checkpoints."""
 
 from __future__ import annotations
 
+import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,26 +14,46 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from spikelm.distill.callbacks import StopAtStepEnd, loss_on_bar
-from spikelm.distill.checkpoints import checkpoint_step, checkpoints, keep_latest, latest_checkpoint, mark_complete
-from spikelm.distill.diagnosis import last_good_checkpoint, likely_cause, non_finite_tensor
+from spikelm.distill.checkpoints import (
+    checkpoint_step,
+    checkpoints,
+    finish_checkpoint,
+    keep_latest,
+    latest_checkpoint,
+    unfinished,
+)
+from spikelm.distill.diagnosis import last_good_checkpoint, likely_cause, non_finite_tensor, save_batches
 from spikelm.distill.parallel import whole
 from spikelm.distill.parameters import parameter_groups
-from spikelm.distributed import on_first_rank
+from spikelm.distributed import is_first, on_first_rank
 from spikelm.errors import SpikelmError
-from spikelm.run import require_free_space
+from spikelm.files import remove, require_free_space
+
+NON_FINITE = "non_finite"  # directory of a training: batches of updates that were left out
+
+logger = logging.getLogger(__name__)
 
 
 class RobustTrainer(Trainer):
     """Base of the trainers, alone or before another one of transformers' (as a mixin).
 
-    A loss or gradient that is not finite stops the run before the optimizer's step, and a student that is not finite is
-    never saved; the error names the step, the last whole checkpoint and the likely cause. Weight decay spares
-    parameters of less than two dimensions and thresholds ("*neuron.a"). A checkpoint counts only when marked COMPLETE;
-    `save_total_limit` counts those, and the disk's free space is asked for before each.
+    An update whose loss or gradient is not finite is left out: weights and optimizer stay, the step counts, its batches
+    go to output_dir/non_finite, a warning says so, and every log holds "skipped_updates". Beyond `max_skipped_updates`
+    of a training, or where the student or a frozen model is not finite, it stops; the error names the step, the
+    batches, the last whole checkpoint and the likely cause. A student that is not finite is never saved.
+
+    Weight decay spares parameters of less than two dimensions and thresholds ("*neuron.a"). A checkpoint appears when
+    it is whole; `save_total_limit` counts those, and the disk's free space is asked for before each.
     """
 
     student: nn.Module
     threshold_learning_rate: float | None = None
+    max_skipped_updates: int = 3
+
+    # Of the update that runs: its batches, and what of it is not finite.
+    _batches: tuple[Mapping[str, Any], ...] = ()
+    _problem: str | None = None
+    _losses_since_log = _updates_since_log = _skipped_since_log = 0
 
     def frozen_models(self) -> Mapping[str, nn.Module]:
         """What else the loss is computed with, by its name."""
@@ -43,16 +63,18 @@ class RobustTrainer(Trainer):
         """The parts of the loss since the last log."""
         return {}
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in Trainer, and stop before the optimizer step when the loss is NaN or infinite."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+    def update_ends(self, loss_is_finite: bool) -> None:
+        """Called for every update before the optimizer's step; the parts of a loss that is not finite do not count."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer, but 0 for a loss that is NaN or infinite, whose update is then left out."""
+        self._batches += (inputs,)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         # One synchronisation, in place of the one of logging_nan_inf_filter, which `training_options` switches off.
-        if self.on_any_rank(not math.isfinite(loss.item())):
-            raise self._not_finite(
-                f"the loss is {self.accelerator.reduce(loss).item()} at step {self.state.global_step + 1}",
-                loss_is_finite=False,
-            )
-        return loss
+        if not self.on_any_rank(not math.isfinite(loss.item())):
+            return loss
+        self._problem = f"the loss is {self.accelerator.reduce(loss).item()}"
+        return torch.zeros_like(loss)
 
     def on_any_rank(self, here: bool) -> bool:
         """Whether it is so on any process: what one of them stops for, all stop for."""
@@ -70,9 +92,57 @@ class RobustTrainer(Trainer):
         if isinstance(norm, Tensor):
             norm = whole(norm)
         # DeepSpeed may know none. With fp16 an infinite one now and then is how the loss scale is found: it is skipped.
-        if norm is not None and not math.isfinite(float(norm)) and self.accelerator.scaler is None:
-            raise self._not_finite(f"the gradient's norm is {float(norm)} at step {self.state.global_step + 1}")
-        return norm
+        scaled = self.accelerator.scaler is not None
+        loss_is_finite = self._problem is None
+        if loss_is_finite and norm is not None and not math.isfinite(float(norm)) and not scaled:
+            self._problem = f"the gradient's norm is {float(norm)}"
+        self._updates_since_log += 1
+        self._losses_since_log += loss_is_finite
+        problem, batches, self._problem, self._batches = self._problem, self._batches, None, ()
+        if problem is not None:
+            self._leave_out(problem, batches, loss_is_finite)
+        self.update_ends(loss_is_finite)
+        if problem is None:
+            return norm
+        if not scaled:  # the scaler itself leaves out a step with such gradients
+            optimizer: Any = self.optimizer
+            optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def _leave_out(self, problem: str, batches: tuple[Mapping[str, Any], ...], loss_is_finite: bool) -> None:
+        """Say and count it; SpikelmError where the training cannot go on."""
+        what = f"{problem} at step {self.state.global_step + 1}"
+        output_dir = Path(str(self.args.output_dir))
+        saved = save_batches(output_dir / NON_FINITE, batches, self.state.global_step + 1, problem)
+        models = (self.student, *self.frozen_models().values())
+        if self.on_any_rank(any(non_finite_tensor(model) is not None for model in models)):
+            raise self._not_finite(what, loss_is_finite)
+        before = self.skipped_updates
+        if before >= self.max_skipped_updates:
+            what += f", and {before} were left out before" if before else ""
+            raise self._not_finite(f"{what}; its batch is in {saved}", loss_is_finite)
+        self._skipped_since_log += 1
+        if is_first():
+            counted = f"{before + 1} of at most {self.max_skipped_updates}"
+            logger.warning("%s: this update is left out (%s); its batch is in %s", what, counted, saved)
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates left out so far, in all parts of a training that was resumed."""
+        logged = (line["skipped_updates"] for line in reversed(self.state.log_history) if "skipped_updates" in line)
+        return int(next(logged, 0)) + self._skipped_since_log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add skipped_updates to Trainer's step logs; their loss is a mean over the updates that have a finite one."""
+        if "loss" in logs:
+            if self._losses_since_log:
+                logs["loss"] *= self._updates_since_log / self._losses_since_log  # Trainer's mean has 0 for the others
+            else:
+                del logs["loss"]
+            logs["skipped_updates"] = self.skipped_updates
+        super().log(logs, start_time)
+        if "skipped_updates" in logs:
+            self._losses_since_log = self._updates_since_log = self._skipped_since_log = 0
 
     def _not_finite(self, what: str, loss_is_finite: bool = True) -> SpikelmError:
         cause = likely_cause(
@@ -107,25 +177,26 @@ class RobustTrainer(Trainer):
             raise self._not_finite(f"the student is not finite after step {self.state.global_step} and is not saved")
         start = time.perf_counter()
         output_dir = Path(str(self.args.output_dir))
-        directory = output_dir / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.args.should_save:
                 require_free_space(output_dir, _checkpoint_bytes(self.student))
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process writes its random state into the directory
+            if self.args.should_save:
+                finish_checkpoint(output_dir, self.state.global_step)
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            remove(unfinished(output_dir))
             raise
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # every process writes its random state into the directory
-        if self.args.should_save:
-            mark_complete(directory, self.state.global_step)
-            if limit:
-                keep_latest(
-                    output_dir, limit
-                )  # only now: Trainer would delete the last whole one before the new one is whole
+        if self.args.should_save and limit:
+            keep_latest(output_dir, limit)  # only now: Trainer would delete the last one before the new one is whole
         self.checkpoint_saved(time.perf_counter() - start)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer writes a checkpoint; it is put in place when it is whole."""
+        return str(unfinished(str(self.args.output_dir)))
 
     def checkpoint_saved(self, seconds: float) -> None:
         """Called after every checkpoint, with the time that it took."""

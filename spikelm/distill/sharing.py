@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,6 +16,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from spikelm.distributed import rank, world_size
 
 FILLER = "filler"  # a key of a row, and of a batch that does not count
+
+_weight: ContextVar[int | None] = ContextVar("weight", default=None)  # of this process's part of a shared batch
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,41 @@ class SharedStream(IterableDataset[Any]):
         while batch := list(islice(rows, self.share.batch_size * self.share.processes)):
             own, filler = self.share.take(batch)
             yield from ({**row, FILLER: True} for row in own) if filler else own
+
+
+@contextmanager
+def part_of_batch(filler: bool) -> Iterator[None]:
+    """Within the context every process works on its part of one batch."""
+    before = _weight.set(0 if filler else 1)
+    try:
+        yield
+    finally:
+        _weight.reset(before)
+
+
+def sum_over_parts(values: Tensor) -> Tensor:
+    """The sum over all parts of the batch, without a gradient and without fillers; `values` where none is shared.
+
+    Every process calls it, one that has a filler too.
+    """
+    weight = _weight.get()
+    if weight is None:
+        return values.detach()
+    total = values.detach() * weight
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def loader_of_trainer(trainer: Any) -> Any:
+    """This process's training batches for a transformers.Trainer of several."""
+    from accelerate.data_loader import prepare_data_loader
+
+    arguments, rows = trainer.args, trainer.train_dataset
+    share = Share.of_this_process(arguments.train_batch_size)
+    options = {"pin_memory": arguments.dataloader_pin_memory}
+    loader = shared_loader(rows, trainer._get_train_sampler(rows), trainer.data_collator, share, **options)
+    # It is shared already: accelerate is told of one process.
+    return prepare_data_loader(loader, arguments.device, 1, 0, put_on_device=True, dispatch_batches=False)
 
 
 def shared_loader(

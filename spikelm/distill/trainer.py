@@ -23,7 +23,7 @@ from spikelm.distill.objectives import Batch, Objective, batch_mask, called_meth
 from spikelm.distill.parallel import Parallel, UnderObjective, for_a_file, in_parts, same_on_all, sharded, wrapped
 from spikelm.distill.parameters import only_trainable, projections_attached
 from spikelm.distill.robust import RobustTrainer, find_checkpoint, require_one_device, run_to_the_end
-from spikelm.distill.sharing import FILLER, Share, shared_loader
+from spikelm.distill.sharing import FILLER, loader_of_trainer
 from spikelm.errors import SpikelmError
 
 
@@ -64,6 +64,7 @@ class DistillationTrainer(RobustTrainer):
         objective: see spikelm.distill.objectives.
         args: transformers.TrainingArguments; save_total_limit counts whole checkpoints.
         threshold_learning_rate: > 0, or None for the one of all other parameters.
+        max_skipped_updates: left out for what is not finite before the training stops, see RobustTrainer.
         parallel: where several processes keep the two models; see Parallel.
         **options: further arguments of transformers.Trainer.
     """
@@ -78,6 +79,7 @@ class DistillationTrainer(RobustTrainer):
         args: TrainingArguments,
         *,
         threshold_learning_rate: float | None = None,
+        max_skipped_updates: int = RobustTrainer.max_skipped_updates,
         parallel: Parallel | None = None,
         **options: Any,
     ) -> None:
@@ -94,11 +96,12 @@ class DistillationTrainer(RobustTrainer):
         self._in_parts = ExitStack()
         self.objective = objective
         self.threshold_learning_rate = threshold_learning_rate
+        self.max_skipped_updates = max_skipped_updates
         self.loss_is_scaled_for_ga = True  # objectives divide by the tokens of the whole update
         self._count = getattr(objective, "count_items", counted_tokens)
-        self._terms: dict[str, Tensor] = {}
+        self._terms: dict[str, Tensor] = {}  # of the update that runs
+        self._sums: dict[str, Tensor] = {}  # of those since the last log
         self._items = torch.zeros((), dtype=torch.long, device=args.device)
-        self._term_steps = 0
         self._log_time = time.perf_counter()
 
     def frozen_models(self) -> dict[str, nn.Module]:
@@ -106,8 +109,14 @@ class DistillationTrainer(RobustTrainer):
         return {"teacher": self.teacher}
 
     def loss_terms(self) -> dict[str, Tensor]:
-        """The objective's terms."""
+        """The objective's terms in this update."""
         return self._terms
+
+    def update_ends(self, loss_is_finite: bool) -> None:
+        """Its terms count with its loss."""
+        for name, value in self._terms.items() if loss_is_finite else ():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._terms = {}
 
     def checkpoint_saved(self, seconds: float) -> None:
         """Saving is no training time in tokens_per_second."""
@@ -115,16 +124,7 @@ class DistillationTrainer(RobustTrainer):
 
     def get_train_dataloader(self) -> Any:
         """As in Trainer; several processes share each batch of one process, row by row."""
-        if self.args.world_size == 1:
-            return super().get_train_dataloader()
-        from accelerate.data_loader import prepare_data_loader
-
-        rows: Any = self.train_dataset
-        share = Share.of_this_process(self.args.train_batch_size)
-        options = {"pin_memory": self.args.dataloader_pin_memory}
-        loader = shared_loader(rows, self._get_train_sampler(rows), self.data_collator, share, **options)
-        # It is shared already: accelerate is told of one process.
-        return prepare_data_loader(loader, self.args.device, 1, 0, put_on_device=True, dispatch_batches=False)
+        return super().get_train_dataloader() if self.args.world_size == 1 else loader_of_trainer(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler: Any = super()._get_train_sampler(train_dataset)
@@ -204,7 +204,6 @@ class DistillationTrainer(RobustTrainer):
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         self._items += count
-        self._term_steps += 1
         return count
 
     def compute_loss(
@@ -218,7 +217,7 @@ class DistillationTrainer(RobustTrainer):
         if return_outputs:
             raise SpikelmError("DistillationTrainer does not evaluate: use spikelm.evaluate.evaluate")
         processes = self.args.world_size
-        weight = 0 if inputs.pop(FILLER, None) is not None else processes
+        weight = 0 if FILLER in inputs else processes
         # The heads run outside the student's forward, which alone accelerate puts under autocast.
         with self.accelerator.autocast():
             if processes > 1:
@@ -237,15 +236,15 @@ class DistillationTrainer(RobustTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the objective's terms (mean per step) and items per second since the last log to Trainer's step logs."""
-        if "loss" in logs and self._term_steps:
+        if "loss" in logs:
             now = time.perf_counter()
-            for name, value in self._terms.items():
+            for name, value in self._sums.items():
                 if self.args.world_size > 1:
                     value = self.accelerator.reduce(value, reduction="mean")
-                logs[name] = value.item() / self._term_steps
+                logs[name] = value.item() / self._losses_since_log
             items = getattr(self.objective, "items", "tokens")
             logs[f"{items}_per_second"] = self._items.item() / (now - self._log_time)
-            self._terms, self._term_steps, self._log_time = {}, 0, now
+            self._sums, self._log_time = {}, now
             self._items.zero_()
         super().log(logs, start_time)
 
@@ -267,6 +266,8 @@ def train(
     max_grad_norm: float = 1.0,
     seed: int = 0,
     save_steps: int = 500,
+    keep_checkpoints: int = 2,
+    max_skipped_updates: int = 3,
     logging_steps: int = 10,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
@@ -285,13 +286,16 @@ def train(
         dataset: rows {"input_ids": [ids], optional "labels", "attention_mask"}; shuffled by seed, or in its own order
             where it is streamed.
         output_dir: gets log.jsonl (a line every `logging_steps`), checkpoint-<step>/ (every `save_steps` and at the
-            end; only the last is kept) and, where tensorboard is installed, its event files.
+            end; the last `keep_checkpoints` stay) and, where tensorboard is installed, its event files.
         batch_size: contexts per forward pass; an update sees batch_size * gradient_accumulation of them. Several
             processes share an update, in smaller forward passes or fewer: it is the same for any number of them.
+        max_skipped_updates: updates whose loss or gradient is not finite that are left out, with a warning and their
+            batches in non_finite/, before the training stops.
         warmup_fraction: part of the steps over which the rate rises from 0, in [0, 1).
         schedule: "cosine" or "linear" (both down to 0), or "constant".
         max_grad_norm: 0 for no clipping.
-        resume: False wants an output_dir without checkpoints.
+        resume: from the last checkpoint that is as it was written; a damaged one is named and put aside. False wants an
+            output_dir without checkpoints.
         trainable: patterns (fnmatch) over parameter names, for example ["*.mixer.*"]; others are frozen for this call.
             None leaves requires_grad as it is.
         callbacks: further transformers callbacks.
@@ -329,6 +333,8 @@ def train(
         betas=betas,
         seed=seed,
         save_steps=save_steps,
+        keep_checkpoints=keep_checkpoints,
+        max_skipped_updates=max_skipped_updates,
         logging_steps=logging_steps,
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
@@ -343,6 +349,7 @@ def train(
             objective,
             TrainingArguments(**options, train_sampling_strategy="group_by_length" if group_by_length else "random"),
             threshold_learning_rate=threshold_learning_rate,
+            max_skipped_updates=max_skipped_updates,
             parallel=(Parallel() if parallel is None else parallel).launched(),
             train_dataset=dataset,
             data_collator=data_collator,

@@ -18,7 +18,7 @@ from spikelm.distill.callbacks import read_metrics
 from spikelm.distill.stored import StoredDistillation, stored_divergence
 from spikelm.distill.trainer import train
 from spikelm.errors import SpikelmError
-from spikelm.run import write_json
+from spikelm.files import write_json
 
 CONTEXTS = np.random.default_rng(0).integers(0, 64, (13, 9))
 

@@ -17,6 +17,7 @@ from spikelm.convert import spike_sites
 from spikelm.distill import Activity, InternalKD, LogitDistillation
 from spikelm.distill.activity import weights_behind
 from spikelm.distill.objectives import Objective
+from spikelm.distill.sharing import part_of_batch
 from spikelm.distill.trainer import train
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import firing_statistics
@@ -171,6 +172,45 @@ def test_parts_of_an_update_add_up(dense: LlambaForCausalLM) -> None:
     for term in ("rate", "activity", "loss"):
         found = sum(objective(student, dense, part, num_items=4 * 8)[term].item() for part in parts)
         assert found == pytest.approx(whole[term].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_processes_have_the_hinge_of_the_whole_batch(
+    dense: LlambaForCausalLM, monkeypatch: pytest.MonkeyPatch, above: bool
+) -> None:
+    student, ids = spiking(dense), ids_of(4)
+    mask = (torch.arange(9) < torch.tensor([[9], [5], [8], [2]])).long()
+    counted = torch.where(torch.arange(9) < 7, ids, -100)  # fewer than there are tokens
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": counted.where(mask == 1, -100)}
+    rows = [slice(0, 1), slice(1, 4), slice(0, 1)]  # the last one is a filler
+    parts = [{name: value[row] for name, value in batch.items()} for row in rows]
+    rates = [Activity(LogitDistillation(), 1.0)(student, dense, part)["rate"].item() for part in (*parts[:2], batch)]
+    target = rates[2] - 1e-3 if above else rates[2] + 1e-3
+    assert min(rates) < target < max(rates[:2])  # by itself one process would be above it, and one below
+    objective, items = Activity(LogitDistillation(), target, weight=7.0), 50
+    whole = objective(student, dense, batch, items)
+    assert (whole["activity"].item() > 0) == above
+    expected = gradients(student, whole["loss"])
+
+    sums: list[Tensor] = []
+    # Each part asks once, so that what all three give is known when they are asked again.
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: sums.append(total.clone()))
+    for part, filler in zip(parts, (False, False, True), strict=True):
+        with part_of_batch(filler):
+            objective(student, dense, part, items)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.copy_(torch.stack(sums).sum(0)))
+    found: dict[str, Tensor] = {}
+    terms: list[dict[str, Tensor]] = []
+    for part in parts[:2]:
+        with part_of_batch(filler=False):
+            terms.append(objective(student, dense, part, items))
+        for name, value in gradients(student, terms[-1]["loss"]).items():
+            found[name] = found[name] + value if name in found else value
+    for name in ("loss", "activity", "rate"):
+        assert sum(term[name].item() for term in terms) == pytest.approx(whole[name].item(), rel=1e-5, abs=1e-6)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_what_the_other_objective_has_is_passed_on() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from spikelm.data import train_tokenizer
-from spikelm.distill.checkpoints import checkpoints, mark_complete
+from spikelm.distill.checkpoints import checkpoints, finish_checkpoint, unfinished
 from spikelm.distill.diagnosis import last_good_checkpoint, likely_cause, non_finite_tensor
 from spikelm.distill.objectives import LogitDistillation
 from spikelm.distill.preference import train_preferences
@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(training: Any, tmp_pa
     with pytest.raises(SpikelmError) as caught:
         start(tmp_path, callbacks=[At(4, explode)])
     message = str(caught.value)
-    assert "the gradient's norm is" in message and "at step 5 (last whole checkpoint" in message
+    assert "the gradient's norm is" in message and "at step 8, and 3 were left out before; its batch is in" in message
     assert "the gradient of" in message and "backward pass overflows" in message
     assert all(torch.isfinite(value).all() for value in student.parameters()), "stopped before the update"
 
@@ -159,9 +159,9 @@ def test_likely_cause_looks_in_order() -> None:
 
 def test_the_last_good_checkpoint_is_a_whole_one(tmp_path: Path) -> None:
     assert last_good_checkpoint(tmp_path / "absent") == "no checkpoint yet"
-    for step, whole in ((3, True), (6, True), (9, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            mark_complete(tmp_path / f"checkpoint-{step}", step)
+    for step in (3, 6, 9):
+        (unfinished(tmp_path) / f"checkpoint-{step}").mkdir(parents=True)
+        finish_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-9" / "manifest.json").unlink()
     assert last_good_checkpoint(tmp_path) == f"last whole checkpoint: {tmp_path / 'checkpoint-6'}"
     assert (tmp_path / "checkpoint-9").is_dir(), "looking deletes nothing"

@@ -257,6 +257,26 @@ def test_accumulated_micro_batches_equal_one_batch(tokenizer: PreTrainedTokenize
             assert second[term] == pytest.approx(first[term], rel=1e-4, abs=1e-6)
 
 
+def test_an_update_that_is_not_finite_is_left_out(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spikelm.distill.preference_trainer import PreferenceTrainer
+
+    plain = PreferenceTrainer.compute_loss
+
+    def third_is_nan(self: Any, *args: Any, **named: Any) -> Any:
+        return plain(self, *args, **named) * (float("nan") if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", third_is_nan)
+    result = run(student(), tokenizer, tmp_path / "run")
+    lines = curve(tmp_path / "run")
+    assert [line["skipped_updates"] for line in lines] == [0, 0, *[1] * 6] and result["skipped_updates"] == 1
+    assert [line["step"] for line in lines if "loss" not in line and "rewards/margins" not in line] == [3]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    with pytest.raises(SpikelmError, match="the loss is nan at step 3"):
+        run(student(), tokenizer, tmp_path / "other", max_skipped_updates=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -314,11 +334,10 @@ def test_importing_does_not_import_trl(repository: Path) -> None:
     subprocess.run([sys.executable, "-c", script], cwd=repository, env=environment, check=True)
 
 
-def test_several_processes_are_refused(
+def test_a_sharded_student_is_refused(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SpikelmError, match="runs in one process; a launcher has started 2"):
-        train_preferences(student(), None, pairs(4), pairs(2), tokenizer, output_dir=tmp_path / "run", **OPTIONS)
+    monkeypatch.setenv("SPIKELM_LAUNCHED_FSDP", "true")  # what joining the others finds in the launcher's variables
+    with pytest.raises(SpikelmError, match="whole student on every process: launch it without --use_fsdp"):
+        run(student(), tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -119,9 +119,19 @@ def without_gaps(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_what_one_process_finds_not_finite_stops_all(tmp_path: Path) -> None:
-    done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"})
+    done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"}, max_skipped_updates=0)
     assert done.returncode != 0
-    assert done.stderr.count("error: the loss is nan at step 5 (no checkpoint yet)") == 2
+    assert done.stderr.count("error: the loss is nan at step 5; its batch is in") == 2
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_not_finite_all_leave_out(tmp_path: Path) -> None:
+    done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("at step 5: this update is left out (1 of at most 3)") == 1
+    kept = sorted(path.name for path in (tmp_path / "training" / "non_finite").iterdir())
+    assert kept == ["step-5-rank0.safetensors", "step-5-rank1.safetensors"]
+    assert curve(tmp_path)[-1]["skipped_updates"] == 1
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The trainer: accumulation, logs, parameter groups, checkpoints, resuming after every kind of end."""
 
-import copy
-import json
 import signal
 import subprocess
 import sys
@@ -15,11 +13,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from spikelm.distill.callbacks import read_metrics
-from spikelm.distill.checkpoints import checkpoints, is_complete, keep_latest, latest_checkpoint, mark_complete
-from spikelm.distill.objectives import SBDS, LogitDistillation
+from spikelm.distill.checkpoints import checkpoints, latest_checkpoint
+from spikelm.distill.objectives import SBDS
 from spikelm.distill.parameters import parameter_groups
 from spikelm.distill.trainer import DistillationTrainer, collate, train
 from spikelm.errors import SpikelmError
+from tests.distill.small_training import OPTIONS, StopAt, curve, rows, student_of, weights
 
 KILLED_SCRIPT = """
 import os, signal, sys
@@ -40,52 +39,6 @@ teacher = models.llama()
 train(models.student_of(teacher), teacher, models.rows(), SBDS(), output_dir=sys.argv[1], callbacks=[Kill()],
       **models.OPTIONS)
 """
-
-OPTIONS: dict[str, Any] = {"steps": 8, "batch_size": 2, "learning_rate": 1e-3, "save_steps": 3, "logging_steps": 1}
-NOT_REPEATABLE = ("wall_s", "tokens_per_second")
-
-
-def student_of(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return student
-
-
-def rows(count: int = 10, length: int = 6) -> Dataset:
-    ids = torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(2))
-    return Dataset.from_list([{"input_ids": row} for row in ids.tolist()])
-
-
-def curve(output_dir: Path) -> list[dict[str, float]]:
-    lines = read_metrics(output_dir / "log.jsonl")
-    return [{name: value for name, value in line.items() if name not in NOT_REPEATABLE} for line in lines]
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-class StopAt(TrainerCallback):
-    """Raises, or presses Ctrl-C, at the end of a step."""
-
-    def __init__(self, step: int, error: Exception | None = None) -> None:
-        self.step, self.error = step, error
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            if self.error is not None:
-                raise self.error
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.fixture
-def uninterrupted(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    student = student_of(tiny_llama)
-    train(student, tiny_llama, rows(), SBDS(), output_dir=tmp_path / "whole", **OPTIONS)
-    return tmp_path / "whole", weights(student)
 
 
 def test_training_lowers_the_loss_and_logs_every_term(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
@@ -158,12 +111,8 @@ def test_a_killed_process_resumes_to_the_same_curve(
 ) -> None:
     tiny_llama.save_pretrained(tmp_path / "teacher")
     (tmp_path / "test_trainer_models.py").write_text(
-        "import importlib.util, sys\n"
         "from transformers import LlamaForCausalLM\n"
-        f"spec = importlib.util.spec_from_file_location('trainer_tests', {__file__!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "student_of, rows, OPTIONS = module.student_of, module.rows, module.OPTIONS\n"
+        "from tests.distill.small_training import OPTIONS, rows, student_of\n"
         f"llama = lambda: LlamaForCausalLM.from_pretrained({str(tmp_path / 'teacher')!r}).eval()\n"
     )
     output_dir = tmp_path / "killed"
@@ -206,76 +155,6 @@ def test_a_checkpoint_of_another_model_is_an_error(
     student.model.layers[0].self_attn.extra = nn.Linear(2, 2)
     with pytest.raises(SpikelmError, match="of another model: model.layers.0.self_attn.extra.weight and 1 more"):
         train(student, tiny_llama, rows(), SBDS(), output_dir=uninterrupted[0], **OPTIONS)
-
-
-def make_checkpoint(output_dir: Path, step: int, complete: bool = True) -> Path:
-    directory = output_dir / f"checkpoint-{step}"
-    (directory / "part").mkdir(parents=True)
-    (directory / "weights").write_bytes(b"12345")
-    (directory / "part" / "more").write_bytes(b"1")
-    if complete:
-        mark_complete(directory, step)
-    return directory
-
-
-def test_half_written_checkpoints_are_ignored_and_deleted(tmp_path: Path) -> None:
-    good = make_checkpoint(tmp_path, 90)
-    unmarked = make_checkpoint(tmp_path, 100, complete=False)
-    cut = make_checkpoint(tmp_path, 110)
-    (cut / "weights").write_bytes(b"123")
-    lost = make_checkpoint(tmp_path, 120)
-    (lost / "part" / "more").unlink()
-    renamed = make_checkpoint(tmp_path, 130).rename(tmp_path / "checkpoint-140")
-    broken = make_checkpoint(tmp_path, 150)
-    (broken / "COMPLETE").write_text('{"step": 15')
-    (tmp_path / "checkpoint-final").mkdir()
-    assert latest_checkpoint(tmp_path) == good
-    assert not any(path.exists() for path in (unmarked, cut, lost, renamed, broken))
-    assert (tmp_path / "checkpoint-final").is_dir()
-    assert json.loads((good / "COMPLETE").read_text()) == {"step": 90, "files": {"part/more": 1, "weights": 5}}
-    assert latest_checkpoint(tmp_path / "absent") is None
-
-
-def test_keep_latest_counts_by_step(tmp_path: Path) -> None:
-    for step in (1000, 9, 90):
-        make_checkpoint(tmp_path, step)
-    keep_latest(tmp_path, 2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-90", "checkpoint-1000"]
-    assert all(is_complete(path) for path in checkpoints(tmp_path))
-
-
-def test_a_save_that_fails_leaves_the_last_whole_checkpoint(
-    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student, saved = student_of(tiny_llama), LlamaForCausalLM.save_pretrained
-
-    def save(self: LlamaForCausalLM, directory: str, **options: Any) -> None:
-        saved(self, directory, **options)
-        if directory.endswith("-6"):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save)
-    with pytest.raises(OSError, match="No space left"):
-        train(student, tiny_llama, rows(), SBDS(), output_dir=tmp_path, **OPTIONS)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(SpikelmError, match="not enough disk space"):
-        train(student, tiny_llama, rows(), SBDS(), output_dir=tmp_path, **OPTIONS)
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    calls = 0
-
-    def objective(student: nn.Module, teacher: nn.Module, batch: Any, num_items: Any = None) -> dict[str, Tensor]:
-        nonlocal calls
-        calls += 1
-        loss = LogitDistillation()(student, teacher, batch, num_items)["loss"]
-        return {"loss": loss * (float("nan") if calls == 5 else 1)}
-
-    student = student_of(tiny_llama)
-    with pytest.raises(SpikelmError, match="the loss is nan at step 5"):
-        train(student, tiny_llama, rows(), objective, output_dir=tmp_path, **OPTIONS)
-    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
 
 
 class Bank(nn.Module):

@@ -1,7 +1,10 @@
 """examples/spikingmamba/dpo.py from its command line to what it leaves in output_dir."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spikelm.convert import recipe_of
+from spikelm.distill.callbacks import read_metrics
 from spikelm.run import RunDirectory
 
 FIELDS = {
@@ -157,3 +161,30 @@ def test_what_cannot_be_done(
     (error,) = [line for line in capfd.readouterr().err.split("\n") if line.startswith("error: ")]
     assert message in error
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_processes_make_the_run_of_one(
+    spikingmamba: Any, finished_spikingmamba: Path, finished_dpo: Path, tmp_path: Path
+) -> None:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [sys.executable, *launch, "--rdzv-endpoint", "localhost:0", str(spikingmamba.directory / "dpo.py")]
+    command += arguments(finished_spikingmamba, tmp_path / "run")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wall seconds") == 1  # one of them reports
+    for part in ("train", "held_out"):
+        pairs = [(directory / "pairs" / f"{part}.jsonl").read_text() for directory in (tmp_path / "run", finished_dpo)]
+        assert pairs[0] == pairs[1]
+    log = "training/tuned/log.jsonl"
+    shared, alone = (read_metrics(directory / log) for directory in (tmp_path / "run", finished_dpo))
+    for name in ("loss", "rewards/margins"):
+        # Far enough behind the first steps a spike may flip by rounding.
+        assert [line[name] for line in shared] == pytest.approx([line[name] for line in alone], rel=1e-3)
+    found, wanted = metrics_of(tmp_path / "run"), metrics_of(finished_dpo)
+    assert found["preferences"]["before"] == wanted["preferences"]["before"]
+    assert found["tuned"]["ce"] == pytest.approx(wanted["tuned"]["ce"], rel=1e-3)
+    # One process takes it up.
+    assert spikingmamba.call("dpo.py", arguments(finished_spikingmamba, tmp_path / "run")) == 0

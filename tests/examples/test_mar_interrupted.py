@@ -46,7 +46,7 @@ def test_after_kill_in_both_stages_the_same_command_gives_the_same_run(
         status, _ = mar.stop(run, same_teacher, stage, signal.SIGKILL)
         assert status == -signal.SIGKILL
         assert not (run / stage).exists(), "killed in the middle of the stage"
-        assert any((run / "training" / stage).glob("checkpoint-*/COMPLETE"))
+        assert any((run / "training" / stage).glob("checkpoint-*/manifest.json"))
     assert curve(run, "stage1") == [
         (step, pytest.approx(loss, rel=1e-4)) for step, loss in curve(finished, "stage1")
     ]  # the stage that the second process resumed
@@ -67,15 +67,15 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_completes(
     assert errors.rstrip().splitlines()[-1] == "interrupted: run the same command again to resume"
     assert "Traceback" not in errors
     assert not (run / "stage1").exists()
-    (checkpoint,) = (run / "training" / "stage1").glob("checkpoint-*")
-    stopped_at = json.loads((checkpoint / "COMPLETE").read_text())["step"]
+    saved = (run / "training" / "stage1").glob("checkpoint-*/manifest.json")
+    stopped_at = max(json.loads(manifest.read_text())["step"] for manifest in saved)
     assert stopped_at == curve(run, "stage1")[-1][0] and 12 < stopped_at < 60
     assert mar.run(run, same_teacher) == 0
     assert curve(run, "stage1")[-1][0] == 60
     same_student(weights, finished, run)
 
 
-@pytest.mark.parametrize("place", ["training/stage1/checkpoint-24/", "run/stage1.partial/"])
+@pytest.mark.parametrize("place", ["checkpoints.partial/checkpoint-24/", "run/stage1.partial/"])
 def test_a_disk_that_fills_up_is_one_line_and_the_run_resumes(
     place: str,
     mar: Any,

@@ -1,5 +1,6 @@
 """Manifests and run files of any content: a SpikelmError, or a stage that is whole."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from tests.robustness.test_fuzz_recipes import VALUES, mostly
 NAMES = st.one_of(
     st.sampled_from(["a", "b/c", "../secret", "/etc/passwd", "a" * 5000, "\\ud800", "", "b/../a"]), st.text()
 )
+DIGEST = hashlib.sha256(b"1").hexdigest()
+FILES = st.fixed_dictionaries({"bytes": mostly(st.just(1)), "sha256": mostly(st.just(DIGEST))})
 MANIFESTS = st.one_of(
     VALUES,
     st.fixed_dictionaries(
         {
-            "files": mostly(st.dictionaries(NAMES, mostly(st.just(1)), max_size=3)),
+            "files": mostly(st.dictionaries(NAMES, mostly(FILES), max_size=3)),
             "record": mostly(st.just({})),
         }
     ),
