@@ -1,11 +1,11 @@
-"""The tables of docs/robustness.md, from benchmarks/results/robustness.json and fuzzing.json. See tables.py."""
+"""The tables of docs/robustness.md, from robustness.json, fuzzing.json and faults.json of results/. See tables.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from student_tables import machine, markdown, read
+from student_tables import RESULTS, machine, markdown, read
 
 
 def long_runs() -> str:
@@ -54,4 +54,62 @@ def _counts(file: dict[str, Any]) -> list[str]:
     return [f"{file[key]:,.0f}" for key in _COLUMNS.values()]
 
 
-TABLES: dict[str, Callable[[], str]] = {"long_runs": long_runs, "warm_start": warm_start, "fuzzing": fuzzing}
+_FAULTS = {
+    "kill": "SIGKILL",
+    "shard": "a file cut off, or one byte of it changed",
+    "disk": "the disk full",
+    "nan": "a NaN loss: one, or from a step on",
+    "rank": "SIGKILL or SIGSTOP of one of two processes",
+}
+
+
+def faults() -> str:
+    """What became of runs that a fault has struck."""
+    if not (RESULTS / "faults.json").exists():
+        return "Not measured yet."
+    result = read("faults.json")
+    columns = (
+        "fault", "injected", "where it struck", "exit status", "told", "s to the message, median", "longest",
+        "s of the same command again, median", "came to the end", "lost", "wrong",
+    )  # fmt: skip
+    lines = [[_FAULTS[name], *_fault(found)] for name, found in result["summary"].items()]
+    references, of = (
+        result["references"],
+        (("one", "seconds", "one process"), ("two", "ranks_seconds", "two processes")),
+    )
+    whole = ", ".join(f"{references[name][key]:.0f} s in {what}" for name, key, what in of if name in references)
+    return (
+        f"{markdown(columns, lines)}\n\n"
+        f"An undisturbed run: {whole}, with other runs beside it. {_variants(result)}. SPIKELM_RANK_PATIENCE="
+        f"{result['patience_s']:g}, SPIKELM_COLLECTIVE_TIMEOUT={result['collective_timeout_s']:g}. {machine(result)}; "
+        f"`{result['command']}`, {result['seconds'] / 60:.0f} min."
+    )
+
+
+def _fault(found: dict[str, Any]) -> list[str]:
+    """The cells of one fault."""
+    waits = found["message_s"]
+    exits = [f"{'none' if status == 'None' else status}: {count}" for status, count in found["exit_statuses"].items()]
+    return [
+        str(found["injected"]),
+        ", ".join(f"{stage} {count}" for stage, count in found["stages"].items()),
+        "" if found["told"] is None else ", ".join(exits),
+        "" if found["told"] is None else str(found["told"]),
+        *(f"{waits[key]:.{1 if waits[key] >= 1 else 2}f}" if waits else "" for key in ("median", "longest")),
+        "" if found["again_s"] is None else f"{found['again_s']:.0f}",
+        *(str(found[key]) for key in ("ended", "lost", "wrong")),
+    ]
+
+
+def _variants(result: dict[str, Any]) -> str:
+    """How often each kind of a fault that has several."""
+    several = [found["variants"] for found in result["summary"].values() if len(found["variants"]) > 1]
+    return "; ".join(", ".join(f"{name} {count}" for name, count in variants.items()) for variants in several) or "-"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "long_runs": long_runs,
+    "warm_start": warm_start,
+    "fuzzing": fuzzing,
+    "faults": faults,
+}

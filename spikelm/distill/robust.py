@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainingArguments
 
 from spikelm.distill.callbacks import StopAtStepEnd, loss_on_bar
@@ -233,7 +234,8 @@ def run_to_the_end(trainer: RobustTrainer, checkpoint: Path | None, stop: StopAt
     student: Any = trainer.student
     was_training = student.training
     try:
-        with stop.handling_interrupts(trainer.args.world_size), loss_on_bar(trainer):
+        # A warning gets a line of its own above the bar.
+        with stop.handling_interrupts(trainer.args.world_size), loss_on_bar(trainer), logging_redirect_tqdm():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.training_ended()
     finally:
