@@ -139,7 +139,7 @@ def difference(found: tuple[list[float], Tensor], wanted: tuple[list[float], Ten
 
 def main() -> None:
     """Train, compare, write."""
-    if sys.argv[1] == "--child":
+    if sys.argv[1:2] == ["--child"]:
         train_one(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

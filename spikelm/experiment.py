@@ -265,7 +265,13 @@ def trained_stage(
     tokenizer: Any,
 ) -> PreTrainedModel:
     """load(name) where the stage is finished; else what build() gives with a record, saved with the tokenizer."""
+
+    def delete_checkpoints() -> None:  # the optimiser's state; log.jsonl stays
+        for checkpoint in list((run.path("training") / name).glob("**/checkpoint*")) if distributed.is_first() else ():
+            shutil.rmtree(checkpoint)
+
     if run.is_done(name):
+        delete_checkpoints()  # a process may have been killed on the way to it
         return load(name)
     say(f"{name}: training")
     start = time.monotonic()
@@ -278,9 +284,7 @@ def trained_stage(
         tokenizer.save_pretrained(directory)
 
     run.finish_stage(name, save, record)
-    if distributed.is_first():
-        for checkpoint in list((run.path("training") / name).glob("**/checkpoint-*")):
-            shutil.rmtree(checkpoint)  # the optimiser's state; log.jsonl stays
+    delete_checkpoints()
     return model
 
 
@@ -338,7 +342,10 @@ def finished_settings(settings_class: type[AnySettings], directory: str | Path, 
         settings: Any = from_dict(settings_class, saved)
     except (SpikelmError, ValueError, KeyError) as error:
         raise SpikelmError(f"run {directory} is not one of this example's train.py (or of another version)") from error
-    return replace(settings, teacher=str(source / "teacher")) if settings.teacher == "embedded" else settings
+    if settings.teacher != "embedded":
+        return settings
+    stage_manifest(source / "teacher")
+    return replace(settings, teacher=str(source / "teacher"))
 
 
 def weights_fingerprint(directory: str | Path) -> str:

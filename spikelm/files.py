@@ -47,14 +47,15 @@ def write_json(path: Path, value: Any) -> Path:
 def put_in_place(partial: Path, final: Path, **facts: Any) -> None:
     """Give the directory `partial` its manifest and the name `final`, once all of it is on the disk.
 
-    manifest.json holds the facts (JSON-able) and "files": of every file its size in "bytes" and its "sha256". Raises
-    OSError where `final` is there and not empty.
+    manifest.json holds the facts (JSON-able), "files": of every file its size in "bytes" and its "sha256", and its own
+    "sha256". Raises OSError where `final` is there and not empty.
     """
     files = {}
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         _flush(path)
         files[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(partial / MANIFEST, {**facts, "files": files})
+    manifest = {**facts, "files": files}
+    write_json(partial / MANIFEST, {**manifest, "sha256": _digest(manifest)})
     for directory in (path for path in partial.rglob("*") if path.is_dir()):
         _flush(directory)
     os.replace(partial, final)
@@ -68,22 +69,42 @@ def read_manifest(directory: Path, contents: bool = True) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if any(isinstance(of, int) for of in manifest["files"].values()):
+            raise SpikelmError(f"{MANIFEST} is of a version of spikelm that kept no SHA-256")
+        if manifest.pop("sha256") != _digest(manifest):
+            raise SpikelmError(f"{MANIFEST} is not what was written (its SHA-256 is another)")
         files = {
             check_file_name(name, parts=True): (of["bytes"], of["sha256"]) for name, of in manifest["files"].items()
         }
+    except SpikelmError:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SpikelmError(f"{MANIFEST} is missing") from error
+    except OSError as error:
+        raise SpikelmError(f"{MANIFEST} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpikelmError(f"{MANIFEST} is not readable") from error
     for name, (size, digest) in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise SpikelmError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise SpikelmError(f"{name} has {path.stat().st_size} bytes, {size} were written")
-        if contents and sha256(path) != digest:
-            raise SpikelmError(f"{name} is not what was written (its SHA-256 is another)")
+        try:
+            wrong = _difference(directory / name, size, digest if contents else None)
+        except OSError as error:  # a bad sector, for one
+            raise SpikelmError(f"{name[:200]} cannot be read ({error.strerror})") from error
+        if wrong:
+            raise SpikelmError(f"{name} {wrong}")
     return manifest
+
+
+def _difference(path: Path, size: int, digest: str | None) -> str | None:
+    """In what a file is not what was written, None where it is."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes, {size} were written"
+    return "is not what was written (its SHA-256 is another)" if digest and sha256(path) != digest else None
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import spikelm
+from spikelm import files
 from spikelm.errors import SpikelmError
 from spikelm.files import require_free_space, write_json
-from spikelm.run import RunDirectory, command_line, first_difference, versions
+from spikelm.run import RunDirectory, command_line, first_difference, stage_manifest, versions
 
 CONFIG: dict[str, Any] = {"seed": 0, "output_dir": "a", "stage2": {"alpha": 0.2, "taps": ["pre"]}}
 
@@ -144,6 +145,42 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "run").exists()
 
 
+def change(path: Path, before: str, after: str, whole: bool = False, directory: bool = False) -> None:
+    """Put other text into a file, or a directory in its place."""
+    text = path.read_text()
+    assert before in text
+    if directory:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(after if whole else text.replace(before, after))
+
+
+def test_the_contents_of_a_stage_are_read_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.finish_stage("stage1", write_weights, {})
+    config = json.loads((run.root / "run.json").read_text())["config"]
+    run.close()
+    read: list[Path] = []
+    monkeypatch.setattr(files, "sha256", lambda path, digest=files.sha256: read.append(path) or digest(path))
+    with RunDirectory(run.root, config) as again:
+        assert again.is_done("stage1") and again.is_done("stage1") and again.stage_record("stage1") == {}
+    assert len(read) == len(set(read)) > 0
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    write_weights(made)
+    files.put_in_place(made, tmp_path / "stage", record={})
+
+    def bad_sector(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "sha256", bad_sector)
+    with pytest.raises(SpikelmError, match=r"cannot be read \(Input/output error\); delete"):
+        stage_manifest(tmp_path / "stage")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -151,12 +188,18 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         (lambda stage: (stage / "inner" / "weights.bin").write_bytes(b"12"), "has 2 bytes, 5 were written"),
         (lambda stage: (stage / "inner" / "weights.bin").write_bytes(b"12354"), "weights.bin is not what was written"),
         (lambda stage: (stage / "manifest.json").unlink(), "manifest.json is missing"),
+        (
+            lambda stage: change(stage / "manifest.json", '"ce": 1.25', '"ce": 7.25'),
+            "manifest.json is not what was written",
+        ),
+        (lambda stage: change(stage / "manifest.json", "{", '{"files": {"a": 5}}', whole=True), "kept no SHA-256"),
+        (lambda stage: change(stage / "manifest.json", "", "", directory=True), "manifest.json cannot be read"),
         (lambda stage: (stage / "manifest.json").write_text('{"files": {'), "manifest.json is not readable"),
         (lambda stage: (stage / "manifest.json").write_text("[1]"), "manifest.json is not readable"),
     ],
 )
 def test_a_damaged_stage_is_an_error(run: RunDirectory, damage: Any, message: str) -> None:
-    run.finish_stage("stage1", write_weights, {})
+    run.finish_stage("stage1", write_weights, {"ce": 1.25})
     config = json.loads((run.root / "run.json").read_text())["config"]
     run.close()
     damage(run.path("stage1"))
@@ -168,11 +211,12 @@ def test_a_damaged_stage_is_an_error(run: RunDirectory, damage: Any, message: st
 
 
 def test_how_a_run_is_carried_out_may_change(tmp_path: Path) -> None:
-    def config(**changed: int) -> dict[str, Any]:
-        return {"student": {"steps": 3, "keep_checkpoints": 2, "max_skipped_updates": 3} | changed}
+    def config(bad: int = 10, **changed: int) -> dict[str, Any]:
+        student = {"steps": 3, "keep_checkpoints": 2, "max_skipped_updates": 3} | changed
+        return {"max_bad_documents": bad, "student": student}
 
     RunDirectory(tmp_path, config()).close()
-    RunDirectory(tmp_path, config(keep_checkpoints=5, max_skipped_updates=0)).close()
+    RunDirectory(tmp_path, config(keep_checkpoints=5, max_skipped_updates=0, bad=0)).close()
     with pytest.raises(SpikelmError, match="student.steps=3 there, student.steps=4 asked"):
         RunDirectory(tmp_path, config(steps=4))
 

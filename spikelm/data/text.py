@@ -66,8 +66,8 @@ def load_contexts(
     read.
     """
     _check_numbers(context_length, held_out, max_tokens)
-    if max_bad_documents < 0:
-        raise SpikelmError(f"max_bad_documents is {max_bad_documents}; 0 or more is accepted")
+    if not (isinstance(max_bad_documents, int) and max_bad_documents >= 0):
+        raise SpikelmError(f"max_bad_documents is {max_bad_documents}; a whole number >= 0 is accepted")
     names = source_names(source)
     reading = Reading(tokenizer, text_field, split, hub_config, streaming, max_bad_documents)
     limit = None if max_tokens is None else max_tokens // context_length

@@ -65,10 +65,6 @@ class MetricsFile(TrainerCallback):
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._start = time.perf_counter() - (kept[-1]["wall_s"] if kept else 0.0)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            control.should_log = True
-
     def on_log(
         self,
         args: TrainingArguments,

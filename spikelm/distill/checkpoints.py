@@ -20,9 +20,14 @@ def unfinished(output_dir: str | Path) -> Path:
 
 
 def finish_checkpoint(output_dir: str | Path, step: int) -> Path:
-    """Put what was written to unfinished(output_dir)/checkpoint-<step> in place; returns its directory."""
-    final = Path(output_dir) / f"checkpoint-{step}"
-    put_in_place(unfinished(output_dir) / final.name, final, step=step)
+    """Put what was written to unfinished(output_dir)/checkpoint-<step> in place; returns its directory.
+
+    It takes the place of a checkpoint of the same step.
+    """
+    final, written = Path(output_dir) / f"checkpoint-{step}", unfinished(output_dir) / f"checkpoint-{step}"
+    if final.exists():
+        final.rename(written.with_name("before"))
+    put_in_place(written, final, step=step)
     remove(unfinished(output_dir))
     return final
 

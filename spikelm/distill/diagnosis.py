@@ -41,9 +41,9 @@ def likely_cause(
     learning_rate: float,
     max_grad_norm: float,
     reduced_precision: str | None,
-) -> str:
+) -> tuple[int, str]:
     """The first that holds of: a bad tensor of a frozen model, a bad one of the student, a term of the loss or a
-    gradient that is not finite.
+    gradient that is not finite. Of several processes, which see parts of models, the least of theirs is the cause.
 
     Args:
         frozen: what else the loss is computed with, by its name ("teacher", "reference").
@@ -54,24 +54,30 @@ def likely_cause(
     for role, model in frozen.items():
         bad = non_finite_tensor(model)
         if bad is not None:
-            return f"the {role}'s {bad} is not finite: its weights are damaged, load it again"
+            return 0, f"the {role}'s {bad} is not finite: its weights are damaged, load it again"
     bad = non_finite_tensor(student)
     smaller = f"lower learning_rate ({learning_rate:g}) or max_grad_norm ({max_grad_norm:g}, 0 is no clipping)"
     if bad is not None and updates == 0:
-        return f"the student's {bad} is not finite, and was not before the first update: its weights are damaged"
+        return 1, f"the student's {bad} is not finite, and was not before the first update: its weights are damaged"
     if bad is not None:
-        return f"the student's {bad} is not finite: the update before blew up, {smaller}"
+        return 1, f"the student's {bad} is not finite: the update before blew up, {smaller}"
     remedy = f"; {smaller}" if reduced_precision is None else f"; try {reduced_precision}=false, or {smaller}"
     wrong = [name for name, value in terms.items() if not math.isfinite(float(value))]
     if wrong or not loss_is_finite:
         what = f"term {', '.join(wrong)} of the loss" if wrong else "the loss"
-        return f"{what} is not finite though all parameters are: values overflow in the forward pass{remedy}"
+        return (
+            2 if wrong else 3,
+            f"{what} is not finite though all parameters are: values overflow in the forward pass{remedy}",
+        )
     gradients = [(name, p.grad) for name, p in student.named_parameters() if p.grad is not None]
     infinite = [name for name, gradient in gradients if not _is_finite(gradient)]
     what = (
         f"of {infinite[0]}" + (f" and {len(infinite) - 1} more" if infinite[1:] else "") if infinite else "as a whole"
     )
-    return f"the gradient {what} is not finite though the loss is: the backward pass overflows{remedy}"
+    return (
+        4 if infinite else 5,
+        f"the gradient {what} is not finite though the loss is: the backward pass overflows{remedy}",
+    )
 
 
 def last_good_checkpoint(output_dir: str | Path) -> str:
@@ -87,7 +93,7 @@ def save_batches(directory: Path, batches: Iterable[Mapping[str, Any]], step: in
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"micro_batch_{number}.{name}": value.detach().cpu().clone()
+        f"micro_batch_{number}.{name}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for number, batch in enumerate(batches)
         for name, value in batch.items()
         if isinstance(value, Tensor)

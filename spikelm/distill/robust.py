@@ -26,6 +26,7 @@ from spikelm.distill.checkpoints import (
 from spikelm.distill.diagnosis import last_good_checkpoint, likely_cause, non_finite_tensor, save_batches
 from spikelm.distill.parallel import whole
 from spikelm.distill.parameters import parameter_groups
+from spikelm.distill.sharing import FILLER
 from spikelm.distributed import is_first, on_first_rank
 from spikelm.errors import SpikelmError
 from spikelm.files import remove, require_free_space
@@ -41,18 +42,20 @@ class RobustTrainer(Trainer):
     An update whose loss or gradient is not finite is left out: weights and optimizer stay, the step counts, its batches
     go to output_dir/non_finite, a warning says so, and every log holds "skipped_updates". Beyond `max_skipped_updates`
     of a training, or where the student or a frozen model is not finite, it stops; the error names the step, the
-    batches, the last whole checkpoint and the likely cause. A student that is not finite is never saved.
+    batches, the last whole checkpoint and the likely cause. A student that is not finite is never saved. Steps that
+    fp16's loss scale skips are not counted.
 
     Weight decay spares parameters of less than two dimensions and thresholds ("*neuron.a"). A checkpoint appears when
-    it is whole; `save_total_limit` counts those, and the disk's free space is asked for before each.
+    it is whole; `save_total_limit` counts those, and the disk's free space is asked for before each. Every save logs.
     """
 
     student: nn.Module
     threshold_learning_rate: float | None = None
     max_skipped_updates: int = 3
 
-    # Of the update that runs: its batches, and what of it is not finite.
+    # Of the update that runs: its batches, Trainer's sum of losses before it, and what of it is not finite.
     _batches: tuple[Mapping[str, Any], ...] = ()
+    _loss_before: Tensor | None = None
     _problem: str | None = None
     _losses_since_log = _updates_since_log = _skipped_since_log = 0
 
@@ -69,6 +72,8 @@ class RobustTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in Trainer, but 0 for a loss that is NaN or infinite, whose update is then left out."""
+        if not self._batches:
+            self._loss_before = self._tr_loss.clone()
         self._batches += (inputs,)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         # One synchronisation, in place of the one of logging_nan_inf_filter, which `training_options` switches off.
@@ -93,33 +98,30 @@ class RobustTrainer(Trainer):
         if isinstance(norm, Tensor):
             norm = whole(norm)
         # DeepSpeed may know none. With fp16 an infinite one now and then is how the loss scale is found: it is skipped.
-        scaled = self.accelerator.scaler is not None
-        loss_is_finite = self._problem is None
-        if loss_is_finite and norm is not None and not math.isfinite(float(norm)) and not scaled:
+        loss_is_finite, finite = self._problem is None, norm is None or math.isfinite(float(norm))
+        if loss_is_finite and not finite and self.accelerator.scaler is None:
             self._problem = f"the gradient's norm is {float(norm)}"
         self._updates_since_log += 1
         self._losses_since_log += loss_is_finite
         problem, batches, self._problem, self._batches = self._problem, self._batches, None, ()
+        if not loss_is_finite and self._loss_before is not None:
+            self._tr_loss.copy_(self._loss_before)  # without the losses of its other micro-batches
         if problem is not None:
             self._leave_out(problem, batches, loss_is_finite)
-        self.update_ends(loss_is_finite)
-        if problem is None:
-            return norm
-        if not scaled:  # the scaler itself leaves out a step with such gradients
             optimizer: Any = self.optimizer
             optimizer.zero_grad(set_to_none=True)
-        return None
+        self.update_ends(loss_is_finite)
+        return norm if problem is None else None
 
     def _leave_out(self, problem: str, batches: tuple[Mapping[str, Any], ...], loss_is_finite: bool) -> None:
         """Say and count it; SpikelmError where the training cannot go on."""
-        what = f"{problem} at step {self.state.global_step + 1}"
-        output_dir = Path(str(self.args.output_dir))
-        saved = save_batches(output_dir / NON_FINITE, batches, self.state.global_step + 1, problem)
+        what, before = f"{problem} at step {self.state.global_step + 1}", self.skipped_updates
+        own = [batch for batch in batches if FILLER not in batch]
+        directory = Path(str(self.args.output_dir)) / NON_FINITE
+        saved = save_batches(directory, own, self.state.global_step + 1, problem)
         models = (self.student, *self.frozen_models().values())
-        if self.on_any_rank(any(non_finite_tensor(model) is not None for model in models)):
-            raise self._not_finite(what, loss_is_finite)
-        before = self.skipped_updates
-        if before >= self.max_skipped_updates:
+        hopeless = self.on_any_rank(any(non_finite_tensor(model) is not None for model in models))
+        if hopeless or before >= self.max_skipped_updates:
             what += f", and {before} were left out before" if before else ""
             raise self._not_finite(f"{what}; its batch is in {saved}", loss_is_finite)
         self._skipped_since_log += 1
@@ -137,26 +139,39 @@ class RobustTrainer(Trainer):
         """Add skipped_updates to Trainer's step logs; their loss is a mean over the updates that have a finite one."""
         if "loss" in logs:
             if self._losses_since_log:
-                logs["loss"] *= self._updates_since_log / self._losses_since_log  # Trainer's mean has 0 for the others
+                logs["loss"] *= self._updates_since_log / self._losses_since_log  # Trainer divides by all of them
             else:
                 del logs["loss"]
             logs["skipped_updates"] = self.skipped_updates
+        for name in [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]:
+            del logs[name]  # JSON has no word for it
         super().log(logs, start_time)
         if "skipped_updates" in logs:
             self._losses_since_log = self._updates_since_log = self._skipped_since_log = 0
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # So that a resumed training knows what was left out before, and writes the lines of one that was not stopped.
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _not_finite(self, what: str, loss_is_finite: bool = True) -> SpikelmError:
-        cause = likely_cause(
-            self.student,
-            self.frozen_models(),
-            self.loss_terms(),
-            loss_is_finite=loss_is_finite,
-            updates=self.state.global_step,
-            learning_rate=self.args.learning_rate,
-            max_grad_norm=self.args.max_grad_norm,
-            reduced_precision=next((name for name in ("bf16", "fp16") if getattr(self.args, name)), None),
-        )
-        return SpikelmError(f"{what} ({last_good_checkpoint(str(self.args.output_dir))}); likely cause: {cause}")
+        causes = [
+            likely_cause(
+                self.student,
+                self.frozen_models(),
+                self.loss_terms(),
+                loss_is_finite=loss_is_finite,
+                updates=self.state.global_step,
+                learning_rate=self.args.learning_rate,
+                max_grad_norm=self.args.max_grad_norm,
+                reduced_precision=next((name for name in ("bf16", "fp16") if getattr(self.args, name)), None),
+            )
+        ]
+        if self.args.world_size > 1:  # each sees its own part of the models and of the batch
+            causes *= self.args.world_size
+            torch.distributed.all_gather_object(causes, causes[0])
+        checkpoint = on_first_rank(lambda: last_good_checkpoint(str(self.args.output_dir)))
+        return SpikelmError(f"{what} ({checkpoint}); likely cause: {min(causes)[1]}")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: Trainer's estimate walks over all modules at every step and knows nothing of spikes."""
@@ -246,6 +261,10 @@ def run_to_the_end(trainer: RobustTrainer, checkpoint: Path | None, stop: StopAt
         student.train(was_training)
     if stop.requested:
         raise KeyboardInterrupt
+    if trainer.skipped_updates == trainer.args.max_steps:
+        raise SpikelmError(
+            f"none of the {trainer.args.max_steps} updates had a finite loss and gradient: nothing is trained"
+        )
     if trainer.state.global_step != trainer.args.max_steps:
         raise SpikelmError(
             f"training stopped at step {trainer.state.global_step} of {trainer.args.max_steps}: "

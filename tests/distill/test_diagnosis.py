@@ -76,7 +76,10 @@ def test_a_bad_student_names_step_checkpoint_and_cause(training: Any, tmp_path: 
     with pytest.raises(SpikelmError) as caught:
         start(tmp_path, callbacks=[At(5, poison)], learning_rate=0.002, max_grad_norm=0.5)
     message = str(caught.value)
-    assert message.startswith(f"the loss is nan at step 6 (last whole checkpoint: {tmp_path / 'checkpoint-3'})")
+    batch = tmp_path / "non_finite" / "step-6.safetensors"
+    assert message.startswith(
+        f"the loss is nan at step 6; its batch is in {batch} (last whole checkpoint: {tmp_path / 'checkpoint-3'})"
+    )
     assert "student's parameter lm_head.weight is not finite: the update before blew up" in message
     assert "learning_rate (0.002)" in message and "max_grad_norm (0.5" in message
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
@@ -107,7 +110,7 @@ def test_a_bad_frozen_model_is_named(training: Any, tmp_path: Path) -> None:
 
     with pytest.raises(SpikelmError) as caught:
         start(tmp_path, callbacks=[At(1, damage)])
-    assert "at step 2 (no checkpoint yet)" in str(caught.value)
+    assert "at step 2; its batch is in" in str(caught.value) and "(no checkpoint yet)" in str(caught.value)
     assert f"the {role}'s parameter lm_head.weight is not finite: its weights are damaged" in str(caught.value)
 
 
@@ -115,7 +118,7 @@ def test_a_student_that_came_bad_is_told_from_one_that_blew_up(tiny_llama: Llama
     student = copy.deepcopy(tiny_llama).requires_grad_(True)
     poison(student)
     rows = Dataset.from_list([{"input_ids": [1, 2, 3]}] * 4)
-    with pytest.raises(SpikelmError, match="at step 1 .*lm_head.weight is not finite.*before the first update"):
+    with pytest.raises(SpikelmError, match="at step 1; .*lm_head.weight is not finite.*before the first update"):
         train(student, tiny_llama, rows, LogitDistillation(), output_dir=tmp_path, **OPTIONS)
 
 
@@ -145,7 +148,7 @@ def test_likely_cause_looks_in_order() -> None:
     settings: dict[str, Any] = {"updates": 3, "learning_rate": 0.1, "max_grad_norm": 1.0, "reduced_precision": None}
 
     def cause(loss_is_finite: bool = False) -> str:
-        return likely_cause(student, {"teacher": teacher}, {"kl": 1.0}, loss_is_finite=loss_is_finite, **settings)
+        return likely_cause(student, {"teacher": teacher}, {"kl": 1.0}, loss_is_finite=loss_is_finite, **settings)[1]
 
     assert "the gradient as a whole is not finite" in cause(loss_is_finite=True)
     assert cause().startswith("the loss is not finite though all parameters are")

@@ -8,12 +8,12 @@ import pytest
 import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from spikelm import plot
 from spikelm.distill.callbacks import read_metrics
 from spikelm.distill.objectives import LogitDistillation
-from spikelm.distill.trainer import train
+from spikelm.distill.trainer import DistillationTrainer, train
 from spikelm.errors import SpikelmError
 from tests.distill.small_training import OPTIONS, StopAt, curve, rows, student_of, weights
 
@@ -125,6 +125,57 @@ def test_all_micro_batches_of_an_update_are_kept(tiny_llama: LlamaForCausalLM, t
     with safetensors.safe_open(tmp_path / "non_finite" / "step-2.safetensors", "pt") as saved:
         assert sorted(saved.keys()) == ["micro_batch_0.input_ids", "micro_batch_1.input_ids"]
         assert torch.equal(saved.get_tensor("micro_batch_0.input_ids"), objective.batches[0])
+
+
+@pytest.mark.parametrize("bad", [3, 4])
+def test_the_other_micro_batches_of_a_bad_update_are_not_in_the_logged_loss(
+    bad: int, tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"gradient_accumulation": 2, "logging_steps": 4, "save_steps": 4}
+    train(student_of(tiny_llama), tiny_llama, rows(), NanAt(bad), output_dir=tmp_path, **options)
+    for line in read_metrics(tmp_path / "log.jsonl"):
+        assert line["loss"] == pytest.approx(line["divergence"], rel=1e-5)
+
+
+def test_a_batch_of_strided_tensors_is_kept_too(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    def strided(found: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([row["input_ids"] for row in found]).t().contiguous().t()}
+
+    options = OPTIONS | {"data_collator": strided}
+    result = train(student_of(tiny_llama), tiny_llama, rows(), NanAt(2), output_dir=tmp_path, **options)
+    assert result["skipped_updates"] == 1
+
+
+def test_a_training_without_one_update_is_an_error(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(SpikelmError, match="none of the 3 updates had a finite loss and gradient"):
+        options = OPTIONS | {"steps": 3}
+        train(student_of(tiny_llama), tiny_llama, rows(), NanAt(1, 2, 3), output_dir=tmp_path, **options)
+
+
+def test_a_term_that_is_not_finite_is_no_number_of_the_log(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    def objective(*given: Any) -> dict[str, Tensor]:
+        loss = LogitDistillation()(*given)["loss"]
+        return {"loss": loss, "ratio": loss.detach() / 0}
+
+    result = train(student_of(tiny_llama), tiny_llama, rows(), objective, output_dir=tmp_path, **OPTIONS)
+    assert "ratio" not in result and "Infinity" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_trainer_of_ones_own_counts_on_after_a_checkpoint_between_two_logs(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    def trainer(*calls: int) -> DistillationTrainer:
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, max_steps=8, save_steps=2, logging_steps=5, report_to=[],
+            logging_nan_inf_filter=False, use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        student = student_of(tiny_llama)
+        return DistillationTrainer(student, tiny_llama, NanAt(*calls), arguments, train_dataset=rows())
+
+    trainer(3).train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # 6 and 8 are written again
+    assert again.skipped_updates == 1 and again.state.log_history[-2]["skipped_updates"] == 1
 
 
 def test_a_log_with_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ def test_what_one_process_finds_not_finite_stops_all(tmp_path: Path) -> None:
     done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"}, max_skipped_updates=0)
     assert done.returncode != 0
     assert done.stderr.count("error: the loss is nan at step 5; its batch is in") == 2
+    assert (
+        len({line.partition("likely cause: ")[2] for line in done.stderr.splitlines() if "likely cause" in line}) == 1
+    )
 
 
 @pytest.mark.slow

@@ -265,11 +265,12 @@ def test_a_damaged_stage_is_named(mar: Any, finished: Path, tmp_path: Path, capf
     assert mar.run(run, {}) == 0, "deleting the damaged stage, as the message says, lets the run go on"
 
 
+@pytest.mark.parametrize("stage", ["stage1", "teacher"])
 def test_a_damaged_stage_is_named_by_the_ablation_too(
-    mar: Any, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    stage: str, mar: Any, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    os.truncate(run / "stage1" / "model.safetensors", 1000)
+    os.truncate(run / stage / "model.safetensors", 1000)
     assert mar.call("ablate.py", [f"run={run}", f"output_dir={tmp_path / 'out'}"]) == 2
     assert "model.safetensors" in error_line(capfd)
     refuse_nothing_afterwards(tmp_path / "out")

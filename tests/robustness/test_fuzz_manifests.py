@@ -38,6 +38,8 @@ def test_any_manifest(tmp_path_factory: pytest.TempPathFactory, manifest: Any) -
     (stage / "b").mkdir(parents=True, exist_ok=True)
     for name in ("a", "b/c", "../secret"):
         (stage / name).write_text("1")
+    if isinstance(manifest, dict):
+        manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (stage / "manifest.json").write_text(json.dumps(manifest))
     try:
         found = stage_manifest(stage)
