@@ -1,7 +1,6 @@
 """examples/mar/train.py and ablate.py from their command line to what they leave in output_dir."""
 
 import hashlib
-import hashlib
 import json
 import math
 import os
