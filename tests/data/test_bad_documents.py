@@ -117,7 +117,7 @@ def test_they_are_counted_listed_and_handed_out(path: Path, tokenizer: PreTraine
     [
         (3, "more than max_bad_documents=3 documents cannot be read: .*a.jsonl line 3: .* line 51: a int; and 1 more$"),
         (0, "a.jsonl line 3 is not JSON .Expecting property name .*; one object a line is accepted$"),
-        (-1, "max_bad_documents is -1; 0 or more is accepted"),
+        (-1, "max_bad_documents is -1; a whole number >= 0 is accepted"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:skipped a document")

@@ -87,29 +87,36 @@ def test_a_run_goes_on_with_another_number_of_processes(one_process: list[dict[s
     assert_same(finished(2, tmp_path, **options), one_process)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objectives", "options"),
-    [
-        (["spad", "activity"], {"student": "spiking", "gradient_checkpointing": True}),
-        (["orientation", "alignment"], {"student": "llamba", "trainable": ["*.mixer.*"]}),
-        (["internal", "prediction"], {"student": "bert"}),
-        (["kl"], {"streaming": True, "steps": 7, "gradient_accumulation": 3, "batch_size": 2}),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)
-def test_what_is_called_beside_the_student_is_shared_too(
-    tmp_path: Path, objectives: list[str], options: dict[str, Any]
-) -> None:
-    options = {"steps": 10, "objective": objectives} | options
-    teacher = "replicated" if options.get("student") == "bert" else "sharded"
-    places = {"student": "sharded", "teacher": teacher}
-    for directory, processes, parallel in (("one", 1, {}), ("two", 2, places)):
-        done = run(processes, tmp_path / directory, **options, parallel=parallel)
+SHORT: dict[str, dict[str, Any]] = {
+    "spad": {"student": "spiking", "gradient_checkpointing": True},
+    "activity": {"student": "spiking", "gradient_checkpointing": True},
+    "orientation": {"student": "llamba", "trainable": ["*.mixer.*"]},
+    "alignment": {"student": "llamba", "trainable": ["*.mixer.*"]},
+    "internal": {"student": "bert"},
+    "prediction": {"student": "bert"},
+    "kl": {"streaming": True, "steps": 7, "gradient_accumulation": 3, "batch_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps with each objective, by one process in one/ and by two in two/."""
+    directory = tmp_path_factory.mktemp("short")
+    for name, processes in (("one", 1), ("two", 2)):
+        runs = {objective: {"steps": 10, "objective": objective} | options for objective, options in SHORT.items()}
+        for options in runs.values() if processes == 2 else ():
+            teacher = "replicated" if options.get("student") == "bert" else "sharded"
+            options["parallel"] = {"student": "sharded", "teacher": teacher}
+        done = run(processes, directory / name, runs=runs)
         assert done.returncode == 0, done.stderr[-3000:]
-    for name in objectives:
-        one, two = (without_gaps(curve(tmp_path / directory / name)) for directory in ("one", "two"))
-        assert_same(two, one)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", SHORT)
+def test_what_is_called_beside_the_student_is_shared_too(short_runs: Path, objective: str) -> None:
+    one, two = (without_gaps(curve(short_runs / directory / objective)) for directory in ("one", "two"))
+    assert_same(two, one)
 
 
 def without_gaps(lines: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -118,23 +125,16 @@ def without_gaps(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_what_one_process_finds_not_finite_stops_all(tmp_path: Path) -> None:
-    done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"}, max_skipped_updates=0)
+def test_what_one_process_finds_not_finite_all_leave_out_and_then_stop(tmp_path: Path) -> None:
+    done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"}, max_skipped_updates=1)
+    assert done.stderr.count("at step 5: this update is left out (1 of at most 1)") == 1
     assert done.returncode != 0
-    assert done.stderr.count("error: the loss is nan at step 5; its batch is in") == 2
-    assert (
-        len({line.partition("likely cause: ")[2] for line in done.stderr.splitlines() if "likely cause" in line}) == 1
-    )
-
-
-@pytest.mark.slow
-def test_what_one_process_finds_not_finite_all_leave_out(tmp_path: Path) -> None:
-    done = run(2, tmp_path, objective="nan", steps=10, parallel={"student": "sharded"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("at step 5: this update is left out (1 of at most 3)") == 1
+    said = [
+        line for line in done.stderr.splitlines() if "the loss is nan at step 7, and 1 were left out before" in line
+    ]
+    assert len(said) == 2 and len({line.partition("likely cause: ")[2] for line in said}) == 1
     kept = sorted(path.name for path in (tmp_path / "training" / "non_finite").iterdir())
-    assert kept == ["step-5-rank0.safetensors", "step-5-rank1.safetensors"]
-    assert curve(tmp_path)[-1]["skipped_updates"] == 1
+    assert kept == [f"step-{step}-rank{rank}.safetensors" for step in (5, 7) for rank in (0, 1)]
 
 
 @pytest.mark.slow
