@@ -17,12 +17,12 @@ SCRIPT = Path(__file__).with_name("shared_preferences.py")
 NOT_COMPARED = ("wall_s", "epoch")  # within a pass the epoch counts forward passes, which processes share
 SPIKING: dict[str, Any] = {"student": "spiking", "pairs": 11, "steps": 50}
 # Of the last update of a pass with 27 pairs, 11 pairs: for each of two processes 4, then 3 and a filler.
-ACCUMULATED: dict[str, Any] = {"student": "llamba", "pairs": 27, "steps": 50, "gradient_accumulation": 4}
+ACCUMULATED: dict[str, Any] = {"student": "llamba", "pairs": 27, "steps": 20, "gradient_accumulation": 4}
 # Within a pass of three steps, the last of which leaves a process without a pair.
 RESUMED: dict[str, Any] = {
     "student": "llamba",
     "pairs": 10,
-    "steps": 50,
+    "steps": 30,
     "save_steps": 5,
     "gradient_checkpointing": True,
 }
@@ -57,10 +57,10 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trainings by one process in one/, by two in two/, and one that was broken off twice in resumed/."""
     directory = tmp_path_factory.mktemp("preferences")
     runs = {"spiking": SPIKING, "accumulated": ACCUMULATED}
-    launch(2, directory, {**in_directory("two", runs), "resumed": {**RESUMED, "fail_at": 18}})
+    launch(2, directory, {**in_directory("two", runs), "resumed": {**RESUMED, "fail_at": 13}})
     alone = in_directory("one", {**runs, "resumed": RESUMED})
-    launch(1, directory, {**alone, "resumed": {**RESUMED, "fail_at": 33}})
-    assert len(curve(directory / "resumed")) == 32  # a step that fails is not logged
+    launch(1, directory, {**alone, "resumed": {**RESUMED, "fail_at": 23}})
+    assert len(curve(directory / "resumed")) == 22  # a step that fails is not logged
     launch(2, directory, {"resumed": RESUMED})
     return directory
 
@@ -77,7 +77,8 @@ def in_directory(name: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 )
 def test_two_processes_give_the_curve_of_one(output_dir: Path, found: str, wanted: str) -> None:
     lines = curve(output_dir / wanted)
-    assert len(lines) == 50 and lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    assert len(lines) == (50 if "spiking" in wanted else 20 if "accumulated" in wanted else 30)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert_same(curve(output_dir / found), lines)
     assert {"rewards/margins", "rewards/accuracies", "logps/chosen", "entropy", "skipped_updates"} <= lines[0].keys()
     one, two = held_out(output_dir / wanted), held_out(output_dir / found)
