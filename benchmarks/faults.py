@@ -1,7 +1,7 @@
 """Faults at random moments of examples/mar/train.py: is a run lost, is a result silently wrong, what is said and when.
 
     python benchmarks/faults.py --output benchmarks/results/faults.json
-    python benchmarks/faults.py --faults kill,disk --injections 2 --output /tmp/faults.json
+    python benchmarks/faults.py --faults kill,disk --injections 2 --output faults.json
 
 kill: SIGKILL. shard: SIGKILL, and a file of a stage, a checkpoint or the packed contexts is cut off or has a byte
 changed. disk: the file system (a tmpfs, which root alone can mount) is full. nan: the loss is NaN, once or from a step
