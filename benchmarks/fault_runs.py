@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,8 @@ from statistics import median
 from typing import Any
 
 import psutil
+
+from spikelm.files import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "examples" / "mar" / "train.py"
@@ -229,11 +230,7 @@ def result_of(output_dir: Path) -> dict[str, Any]:
 
 def models_of(output_dir: Path) -> dict[str, str]:
     """The SHA-256 of every stage's weights."""
-    models = {}
-    for stage in STAGES:
-        with (output_dir / stage / "model.safetensors").open("rb") as stream:
-            models[stage] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return models
+    return {stage: sha256(output_dir / stage / "model.safetensors") for stage in STAGES}
 
 
 def differences(found: Any, wanted: Any, name: str = "") -> list[str]:

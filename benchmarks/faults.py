@@ -128,7 +128,7 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Writes the file with one more."""
-        from spikelm.run import write_json
+        from spikelm.files import write_json
 
         with self.lock:
             self.records.append(record)

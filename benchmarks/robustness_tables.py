@@ -73,11 +73,9 @@ def faults() -> str:
         "s of the same command again, median", "came to the end", "lost", "wrong",
     )  # fmt: skip
     lines = [[_FAULTS[name], *_fault(found)] for name, found in result["summary"].items()]
-    references, of = (
-        result["references"],
-        (("one", "seconds", "one process"), ("two", "ranks_seconds", "two processes")),
-    )
-    whole = ", ".join(f"{references[name][key]:.0f} s in {what}" for name, key, what in of if name in references)
+    references = result["references"]
+    shown = (("one", "seconds", "one process"), ("two", "ranks_seconds", "two processes"))
+    whole = ", ".join(f"{references[name][key]:.0f} s in {what}" for name, key, what in shown if name in references)
     return (
         f"{markdown(columns, lines)}\n\n"
         f"An undisturbed run: {whole}, with other runs beside it. {_variants(result)}. SPIKELM_RANK_PATIENCE="

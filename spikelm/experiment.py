@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from spikelm.distill.parallel import Parallel
 from spikelm.distill.trainer import collate, train
 from spikelm.errors import SpikelmError
 from spikelm.evaluate import batches, evaluate, evaluation_mode, firing_statistics, generate_sample
-from spikelm.files import sha256
+from spikelm.files import remove, sha256
 from spikelm.presets import from_dict
 from spikelm.run import BAD_DOCUMENTS, RunDirectory, first_difference, stage_manifest
 
@@ -267,8 +266,9 @@ def trained_stage(
     """load(name) where the stage is finished; else what build() gives with a record, saved with the tokenizer."""
 
     def delete_checkpoints() -> None:  # the optimiser's state; log.jsonl stays
-        for checkpoint in list((run.path("training") / name).glob("**/checkpoint*")) if distributed.is_first() else ():
-            shutil.rmtree(checkpoint)
+        if distributed.is_first():
+            for checkpoint in list((run.path("training") / name).glob("**/checkpoint*")):
+                remove(checkpoint)
 
     if run.is_done(name):
         delete_checkpoints()  # a process may have been killed on the way to it

@@ -1,9 +1,6 @@
 """Several processes tune by preferences what one tunes: the same curve, every pair once, checkpoints for any number."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import pytest
 
 from spikelm.distill.callbacks import read_metrics
-from tests.distill.test_shared_training import assert_same
+from tests.distill.test_shared_training import assert_same, run
 
 SCRIPT = Path(__file__).with_name("shared_preferences.py")
 NOT_COMPARED = ("wall_s", "epoch")  # within a pass the epoch counts forward passes, which processes share
@@ -30,13 +27,7 @@ RESUMED: dict[str, Any] = {
 
 def launch(processes: int, output_dir: Path, runs: Mapping[str, Mapping[str, Any]]) -> None:
     """The script, by itself or under torchrun."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-        command += ["--rdzv-endpoint", "localhost:0"]  # the system chooses a port: tests run beside one another
-    command += [str(SCRIPT), json.dumps({"output_dir": str(output_dir), "runs": runs})]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    done = run(processes, output_dir, SCRIPT, runs=runs)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

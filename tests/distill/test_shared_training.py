@@ -31,16 +31,16 @@ NOT_COMPARED = ("wall_s", "tokens_per_second", "sentences_per_second")
 IN_PARTS = {"student": "sharded", "teacher": "offloaded"}
 
 
-def run(processes: int, output_dir: Path, **options: Any) -> "subprocess.CompletedProcess[str]":
+def run(processes: int, output_dir: Path, script: Path = SCRIPT, **options: Any) -> "subprocess.CompletedProcess[str]":
     """The script, by itself or under torchrun; its exit status and output."""
-    arguments = [str(SCRIPT), json.dumps({"output_dir": str(output_dir), **options})]
+    arguments = [str(script), json.dumps({"output_dir": str(output_dir), **options})]
     if processes == 1:
         command = [sys.executable, "-W", "error", *arguments]
     else:
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
         # Port 0 lets the system choose: tests run beside one another.
         command = [sys.executable, *launch, "--rdzv-endpoint", "localhost:0", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
 
 
